@@ -1,0 +1,40 @@
+/* The oracle of every linear kernel: y = x W^T + bias, plain C, with the order of summation that
+ * all kernels of compute mode "exact" keep.  It is defined here and nowhere else.
+ *
+ * k is cut into groups of QLLM_GROUP.  Inside group g one chain p_g = fma(w_k, x_k, p_g) from +0
+ * over ascending k; across groups one chain y = fma(s_g, p_g, y) from +0 over ascending g; then
+ * y + bias.
+ *   4-bit with cols % blocksize == 0:   w_k = table value of the code, s_g = absmax of the block
+ *   every other float-valued weight:    w_k = dequantized float32 value, s_g = 1
+ *   int8 (LLM.int8(), threshold 6 by default): with the int8 row q of x, its scale sx and outlier
+ *     columns O from qllm_int8_activation, d = sum_k q_k * data_k exactly in int32,
+ *     y = (float)d * (sx * (absmax_r * (1/127))), then y = fma(x_k, data_k * (absmax_r * (1/127)), y)
+ *     over ascending k in O; then + bias.
+ * The result of a row depends on that row alone, so it is the same in any batch. */
+#ifndef QLLM_CORE_LINEAR_REF_H
+#define QLLM_CORE_LINEAR_REF_H
+
+#include <stdint.h>
+
+#include "core/qweight.h"
+
+enum { QLLM_GROUP = 32 };
+
+/* Outlier columns of LLM.int8(): |x| >= threshold; bitsandbytes' and transformers' default is 6. */
+#define QLLM_INT8_THRESHOLD 6.0f
+
+/* x (m, cols), bias (rows) or NULL, y (m, rows); all float32, row-major, contiguous. int8 needs
+ * cols <= QLLM_INT8_MAX_COLS so that the int32 sum cannot overflow.  `threshold` is used by int8
+ * only; <= 0 switches the outliers off.  Fails only for lack of memory or an int8 weight too wide. */
+qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const float *x, int64_t m,
+                            float threshold, float *y, qllm_error *error);
+
+enum { QLLM_INT8_MAX_COLS = 133143 }; /* floor((2^31 - 1) / 127^2) */
+
+/* bitsandbytes' per-batch form of LLM.int8(): a column that holds an outlier in any row is zeroed
+ * in the int8 part of every row and added in float32 for every row, so that a row's result depends
+ * on the others.  Offered to reproduce figures made with that library. */
+qllm_status qllm_linear_int8_batch(const qllm_qweight *weight, const float *bias, const float *x,
+                                   int64_t m, float threshold, float *y, qllm_error *error);
+
+#endif

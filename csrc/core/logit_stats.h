@@ -1,0 +1,39 @@
+/* What quantization did to a next-token distribution, at many temperatures in one pass, exactly and
+ * without sampling.  p = softmax(ref / T), q = softmax(test / T).
+ *
+ * Coupled agreement A is the probability that p and q draw the same token from common Gumbel noise:
+ *     A = sum_i 1 / sum_j max(p_j / p_i, q_j / q_i)
+ * (Gumbel coupling: arXiv 2408.07978).  With r_i = q_i / p_i, sorted once for all temperatures since
+ * the order of r is that of test - ref whatever T, the disagreement is
+ *     1 - A = sum_i p_i e_i / (1 + e_i),   e_i = Q(r_j > r_i) / r_i - P(r_j > r_i) >= 0,
+ * suffix sums over the sorted order.  In this form equal rows give exactly 0. */
+#ifndef QLLM_CORE_LOGIT_STATS_H
+#define QLLM_CORE_LOGIT_STATS_H
+
+#include <stdint.h>
+
+#include "core/status.h"
+
+/* One value per temperature; every pointer (n_temperatures) float64, none NULL. */
+typedef struct qllm_logit_stats {
+    double *kl;           /* KL(p || q), nats; +inf where q is 0 and p is not */
+    double *kl_reverse;   /* KL(q || p) */
+    double *tv;           /* total variation, 0.5 sum |p - q| */
+    double *disagreement; /* 1 - A */
+    double *entropy_ref;  /* H(p), nats */
+    double *entropy_test; /* H(q) */
+    double *max_ref;      /* max_i p_i */
+    double *delta_p;      /* q[target] - p[target]; 0 without a target */
+} qllm_logit_stats;
+
+int64_t qllm_logit_stats_scratch(int64_t vocab); /* bytes; -1 on overflow */
+
+/* ref, test (vocab) float32, finite or -inf (not all -inf; NaN and +inf are errors); temperatures
+ * >= 0 and finite, 0 meaning the one-hot argmax (lowest id among equals).  target: token id or -1.
+ * *same_top is 1 when the argmaxes agree, else 0.  Sums in float64, fixed order. */
+qllm_status qllm_logit_stats_row(const float *ref, const float *test, int64_t vocab,
+                                 const double *temperatures, int64_t n_temperatures, int64_t target,
+                                 void *scratch, const qllm_logit_stats *out, int *same_top,
+                                 qllm_error *error);
+
+#endif

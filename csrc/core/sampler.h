@@ -1,0 +1,57 @@
+/* One draw of the next token.  The order is that of Hugging Face transformers: repetition penalty,
+ * then temperature, top_k, top_p, min_p, then the draw
+ *     argmax_i (logit_i / temperature + g_i),   g_i = qllm_gumbel(seed, prompt, step, i)
+ * over the kept tokens: an exact sample of their softmax (Gumbel-max), coupled across arms and
+ * temperatures by common noise.  temperature 0 is greedy: argmax of the penalized logits, the lowest
+ * id among equals; the other filters cannot change it. */
+#ifndef QLLM_CORE_SAMPLER_H
+#define QLLM_CORE_SAMPLER_H
+
+#include <stdint.h>
+
+#include "core/status.h"
+
+typedef struct qllm_sampling {
+    float temperature;        /* >= 0, finite; 0 is greedy */
+    int64_t top_k;            /* keep the k largest, ties by lower id; 0 = off; > vocab = all */
+    float top_p;              /* (0, 1]: smallest set of largest probabilities with sum >= top_p; 1 = off */
+    float min_p;              /* [0, 1]: keep p_i >= min_p * max p; 0 = off */
+    float repetition_penalty; /* > 0: logits of seen tokens / penalty if positive, else * penalty */
+    uint64_t seed;
+    uint64_t prompt;          /* names the noise stream, see rng.h */
+} qllm_sampling;
+
+/* {1, 0, 1, 0, 1, 0, 0}: plain sampling at temperature 1. */
+qllm_sampling qllm_sampling_default(void);
+
+/* Refuses values outside the ranges above with a sentence that names the parameter. */
+qllm_status qllm_sampling_check(const qllm_sampling *sampling, qllm_error *error);
+
+typedef struct qllm_sampled {
+    int64_t token;
+    float logprob;          /* natural log of softmax(raw logits)[token]: what the model said */
+    float sampling_logprob; /* natural log of the processed, renormalised probability of the draw;
+                               0 when greedy */
+} qllm_sampled;
+
+/* Scratch bytes that qllm_sample and qllm_distribution need for one row (checked; -1 on overflow). */
+int64_t qllm_sample_scratch(int64_t vocab);
+
+/* logits (vocab) float32, not changed; history (n_history) token ids for the repetition penalty,
+ * out-of-range ids are an error.  -inf logits are tokens that cannot be drawn; NaN, +inf, all -inf,
+ * or vocab < 1 are errors.  `scratch` is 64-byte aligned memory of qllm_sample_scratch(vocab). */
+qllm_status qllm_sample(const float *logits, int64_t vocab, const qllm_sampling *sampling,
+                        const int64_t *history, int64_t n_history, uint32_t step, void *scratch,
+                        qllm_sampled *out, qllm_error *error);
+
+/* The distribution that qllm_sample draws from, into probabilities (vocab) float32: exact zeros for
+ * tokens that were filtered out; one-hot when greedy. */
+qllm_status qllm_distribution(const float *logits, int64_t vocab, const qllm_sampling *sampling,
+                              const int64_t *history, int64_t n_history, void *scratch,
+                              float *probabilities, qllm_error *error);
+
+/* log softmax(logits)[token] in float64 sums. */
+qllm_status qllm_logprob(const float *logits, int64_t vocab, int64_t token, double *out,
+                         qllm_error *error);
+
+#endif

@@ -1,0 +1,16 @@
+#include "core/status.h"
+
+#include <stdarg.h>
+#include <stdio.h> /* vsnprintf: the only use of stdio in the core */
+
+qllm_status qllm_fail(qllm_error *error, qllm_status status, const char *format, ...)
+{
+    if (error != NULL) {
+        va_list arguments;
+        va_start(arguments, format);
+        error->status = status;
+        vsnprintf(error->text, sizeof error->text, format, arguments);
+        va_end(arguments);
+    }
+    return status;
+}

@@ -1,0 +1,240 @@
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define NPY_TARGET_VERSION NPY_2_0_API_VERSION
+#include "python/array.h"
+
+#include <numpy/arrayobject.h>
+
+int qllm_array_setup(void)
+{
+    return PyArray_ImportNumPyAPI();
+}
+
+static int type_number(qllm_array_kind kind)
+{
+    switch (kind) {
+    case QLLM_ARRAY_F32: return NPY_FLOAT32;
+    case QLLM_ARRAY_F64: return NPY_FLOAT64;
+    case QLLM_ARRAY_I64: return NPY_INT64;
+    case QLLM_ARRAY_U8: return NPY_UINT8;
+    case QLLM_ARRAY_I8: return NPY_INT8;
+    case QLLM_ARRAY_U16: return NPY_UINT16;
+    }
+    return NPY_NOTYPE;
+}
+
+static const char *kind_name(qllm_array_kind kind)
+{
+    switch (kind) {
+    case QLLM_ARRAY_F32: return "float32";
+    case QLLM_ARRAY_F64: return "float64";
+    case QLLM_ARRAY_I64: return "an integer type";
+    case QLLM_ARRAY_U8: return "uint8";
+    case QLLM_ARRAY_I8: return "int8";
+    case QLLM_ARRAY_U16: return "uint16";
+    }
+    return "";
+}
+
+/* A NumPy array over the object's own memory or from its __array__; a bare __array_interface__ is
+ * not believed, since its pointer cannot be checked.  New reference. */
+static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int sequences_too,
+                            const char *name)
+{
+    if (PyArray_Check(object))
+        return Py_NewRef(object);
+    int has_array = PyObject_HasAttrString(object, "__array__");
+    int is_sequence = sequences_too && (PyList_Check(object) || PyTuple_Check(object));
+    if (has_array) {
+        PyObject *array = PyObject_CallMethod(object, "__array__", NULL);
+        if (array == NULL || PyArray_Check(array))
+            return array;
+        Py_DECREF(array);
+        return qllm_raise_value(state, "%s: __array__ of %s gave no NumPy array; pass a NumPy array",
+                                name, Py_TYPE(object)->tp_name);
+    }
+    if (PyObject_CheckBuffer(object)) {
+        PyObject *view = PyMemoryView_FromObject(object);
+        PyObject *array = view ? PyArray_FromAny(view, NULL, 0, 0, 0, NULL) : NULL;
+        Py_XDECREF(view);
+        return array;
+    }
+    if (is_sequence) {
+        PyObject *array = PyArray_FromAny(object, NULL, 0, 0, 0, NULL);
+        if (array == NULL && PyErr_ExceptionMatches(PyExc_ValueError)) {
+            PyErr_Clear();
+            return qllm_raise_value(state, "%s: the nested sequence has rows of unequal length; "
+                                    "pass a rectangular array", name);
+        }
+        return array;
+    }
+    return qllm_raise_value(state, "%s: expected a NumPy array, found %s", name,
+                            Py_TYPE(object)->tp_name);
+}
+
+static int check_ndim(const qllm_state *state, PyObject *array, int ndim_min, int ndim_max,
+                      const char *name)
+{
+    int ndim = PyArray_NDIM((PyArrayObject *)array);
+    if (ndim >= ndim_min && ndim <= ndim_max)
+        return 0;
+    if (ndim_min == ndim_max)
+        qllm_raise_value(state, "%s: expected %d dimension(s), found %d", name, ndim_min, ndim);
+    else
+        qllm_raise_value(state, "%s: expected %d to %d dimensions, found %d", name, ndim_min,
+                         ndim_max, ndim);
+    return -1;
+}
+
+/* Native byte order, or an error: a swapped array is nearly always a file read in the wrong way. */
+static int check_byte_order(const qllm_state *state, PyArrayObject *array, const char *name)
+{
+    if (PyArray_ISNOTSWAPPED(array))
+        return 0;
+    qllm_raise_value(state, "%s: dtype %R has the other byte order; convert it with "
+                     "array.astype(array.dtype.newbyteorder('='))", name, PyArray_DESCR(array));
+    return -1;
+}
+
+/* `descr` is stolen, as NumPy does. */
+static PyObject *contiguous(PyObject *array, PyArray_Descr *descr)
+{
+    return PyArray_FromArray((PyArrayObject *)array, descr,
+                             NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | NPY_ARRAY_ENSUREARRAY);
+}
+
+PyObject *qllm_array_input(const qllm_state *state, PyObject *object, qllm_array_kind kind,
+                           int ndim_min, int ndim_max, const char *name)
+{
+    int sequences_too = kind == QLLM_ARRAY_I64 || kind == QLLM_ARRAY_F64;
+    PyObject *array = as_ndarray(state, object, sequences_too, name);
+    if (array == NULL)
+        return NULL;
+    PyArrayObject *source = (PyArrayObject *)array;
+    int type = PyArray_TYPE(source);
+    int fits = type == type_number(kind);
+    if (kind == QLLM_ARRAY_I64)
+        fits = PyTypeNum_ISINTEGER(type) || (PyArray_SIZE(source) == 0 && type == NPY_FLOAT64);
+    else if (kind == QLLM_ARRAY_F64 && !PyArray_Check(object))
+        fits = PyTypeNum_ISINTEGER(type) || PyTypeNum_ISFLOAT(type);
+    PyObject *result = NULL;
+    if (!fits)
+        qllm_raise_value(state, "%s: expected dtype %s, found %R; convert it with .astype(...)",
+                         name, kind_name(kind), PyArray_DESCR(source));
+    else if (check_byte_order(state, source, name) == 0 &&
+             check_ndim(state, array, ndim_min, ndim_max, name) == 0) {
+        if (type == NPY_UINT64 && kind == QLLM_ARRAY_I64)
+            result = PyArray_FromArray(source, PyArray_DescrFromType(NPY_INT64),
+                                       NPY_ARRAY_DEFAULT | NPY_ARRAY_FORCECAST);
+        else
+            result = contiguous(array, PyArray_DescrFromType(type_number(kind)));
+        if (result == NULL && PyArray_SIZE(source) == 0) {
+            PyErr_Clear();
+            result = PyArray_ZEROS(PyArray_NDIM(source), PyArray_DIMS(source), type_number(kind),
+                                   0);
+        }
+    }
+    Py_DECREF(array);
+    return result;
+}
+
+/* The dtype of an unquantized array, by its NumPy type or, for bfloat16, by name. */
+static int tensor_dtype(const qllm_state *state, PyArrayObject *array, const char *dtype_name,
+                        const char *name, qllm_dtype *dtype)
+{
+    int type = PyArray_TYPE(array);
+    PyObject *descr_name = PyObject_GetAttrString((PyObject *)PyArray_DESCR(array), "name");
+    const char *found = descr_name ? PyUnicode_AsUTF8(descr_name) : NULL;
+    int ok = 0;
+    if (found == NULL) {
+        Py_XDECREF(descr_name);
+        return -1;
+    }
+    if (strcmp(found, "bfloat16") == 0 ||
+        (type == NPY_UINT16 && dtype_name != NULL && strcmp(dtype_name, "bfloat16") == 0)) {
+        *dtype = QLLM_BF16;
+        dtype_name = NULL;
+        ok = 1;
+    } else if (type == NPY_FLOAT32 || type == NPY_FLOAT16) {
+        *dtype = type == NPY_FLOAT32 ? QLLM_F32 : QLLM_F16;
+        ok = 1;
+    }
+    if (ok && dtype_name != NULL && strcmp(dtype_name, qllm_dtype_name(*dtype)) != 0) {
+        qllm_raise_value(state, "%s: dtype is said to be '%s' but the array holds %s", name,
+                         dtype_name, found);
+        ok = 0;
+    } else if (!ok)
+        qllm_raise_value(state, "%s: expected float32, float16 or bfloat16 (uint16 with "
+                         "dtype=\"bfloat16\"), found %s", name, found);
+    Py_DECREF(descr_name);
+    return ok ? 0 : -1;
+}
+
+PyObject *qllm_array_tensor(const qllm_state *state, PyObject *object, const char *dtype_name,
+                            const char *name, qllm_tensor *tensor)
+{
+    PyObject *result = NULL;
+    PyObject *array = as_ndarray(state, object, 0, name);
+    if (array == NULL)
+        return NULL;
+    if (tensor_dtype(state, (PyArrayObject *)array, dtype_name, name, &tensor->dtype) == 0 &&
+        check_byte_order(state, (PyArrayObject *)array, name) == 0 &&
+        check_ndim(state, array, 1, 2, name) == 0)
+        result = contiguous(array, NULL);
+    Py_DECREF(array);
+    if (result == NULL)
+        return NULL;
+    int two = qllm_array_ndim(result) == 2;
+    tensor->data = qllm_array_data(result);
+    tensor->rows = two ? qllm_array_dim(result, 0) : 1;
+    tensor->cols = qllm_array_dim(result, two);
+    tensor->nbytes = (int64_t)PyArray_NBYTES((PyArrayObject *)result);
+    return result;
+}
+
+PyObject *qllm_array_new(qllm_array_kind kind, int ndim, const int64_t *shape, void **data)
+{
+    npy_intp dims[NPY_MAXDIMS];
+    for (int i = 0; i < ndim; i++)
+        dims[i] = (npy_intp)shape[i];
+    PyObject *array = PyArray_SimpleNew(ndim, dims, type_number(kind));
+    if (array != NULL)
+        *data = PyArray_DATA((PyArrayObject *)array);
+    return array;
+}
+
+PyObject *qllm_array_view(PyObject *owner, qllm_array_kind kind, int ndim, const int64_t *shape,
+                          void *data)
+{
+    npy_intp dims[NPY_MAXDIMS];
+    for (int i = 0; i < ndim; i++)
+        dims[i] = (npy_intp)shape[i];
+    PyObject *array = PyArray_SimpleNewFromData(ndim, dims, type_number(kind), data);
+    if (array == NULL)
+        return NULL;
+    PyArray_CLEARFLAGS((PyArrayObject *)array, NPY_ARRAY_WRITEABLE);
+    if (PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(owner)) < 0) {
+        Py_DECREF(array);
+        return NULL;
+    }
+    return array;
+}
+
+void *qllm_array_data(PyObject *array)
+{
+    return PyArray_DATA((PyArrayObject *)array);
+}
+
+int qllm_array_ndim(PyObject *array)
+{
+    return PyArray_NDIM((PyArrayObject *)array);
+}
+
+int64_t qllm_array_dim(PyObject *array, int axis)
+{
+    return (int64_t)PyArray_DIM((PyArrayObject *)array, axis);
+}
+
+int64_t qllm_array_size(PyObject *array)
+{
+    return (int64_t)PyArray_SIZE((PyArrayObject *)array);
+}

@@ -1,0 +1,64 @@
+"""Build rules only: the sources, the instruction-set flags of single files, the sanitizer switch.
+
+QLLM_SANITIZE=address,undefined (or thread)  builds the extension for those sanitizers
+QLLM_WERROR=1                                 turns warnings into errors (CI does)
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# A file's name ends in the instruction set it may use; the choice among them is made at run time.
+FLAGS_BY_SUFFIX = {
+    "_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
+                  "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+# -ffp-contract=off: a fused multiply-add stands only where the source says so, since the order and
+# the roundings of every sum are part of the format's definition.
+COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+          "-Wall", "-Wextra"]
+
+
+def sources() -> list[str]:
+    files = sorted(path.relative_to(HERE).as_posix() for path in (HERE / "csrc").rglob("*.c"))
+    return [file for file in files if X86 or not file.endswith(tuple(FLAGS_BY_SUFFIX))]
+
+
+class BuildExt(build_ext):
+    """Adds each file's own flags to the compiler call."""
+
+    def build_extensions(self) -> None:
+        compile_one = self.compiler._compile
+
+        def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
+            extra = [flag for suffix, flags in FLAGS_BY_SUFFIX.items() if src.endswith(suffix)
+                     for flag in flags]
+            compile_one(obj, src, ext, cc_args, list(extra_postargs) + extra, pp_opts)
+
+        self.compiler._compile = compile_with_flags
+        super().build_extensions()
+
+
+def extension() -> Extension:
+    compile_args, link_args = list(COMMON), ["-lm", "-lpthread"]
+    if os.environ.get("QLLM_WERROR") == "1":
+        compile_args.append("-Werror")
+    if sanitize := os.environ.get("QLLM_SANITIZE"):
+        compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
+        if "undefined" in sanitize:
+            compile_args.append("-fno-sanitize-recover=undefined")
+        link_args.append(f"-fsanitize={sanitize}")
+    return Extension("qllm._core", sources(), include_dirs=["csrc", numpy.get_include()],
+                     depends=[str(path) for path in (HERE / "csrc").rglob("*.h")],
+                     extra_compile_args=compile_args, extra_link_args=link_args)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExt})
