@@ -1,0 +1,1 @@
+"""qllm: the instrument for asking what quantization does to a language model."""

@@ -1,0 +1,1 @@
+"""Temperature studies of quantized models: design, run, measures, statistics, report."""
