@@ -1,0 +1,93 @@
+/* The fine seam: one table of small functions per instruction set.  Every table computes the same
+ * bits: elementwise functions use the same operations in the same order (core/elementary.h has the
+ * exponential), and sums run in the order written here.
+ *
+ * lane sum of n values: 16 partial sums from +0, partial j over elements j, j + 16, j + 32, ... in
+ * ascending order, then partial j += partial j + 8 (j < 8), + 4 (j < 4), + 2, + 1. */
+#ifndef QLLM_CPU_CPU_OPS_H
+#define QLLM_CPU_CPU_OPS_H
+
+#include <stdint.h>
+
+#include "cpu/features.h"
+#include "cpu/packed.h"
+
+enum { QLLM_KV_PANEL = 16 }; /* positions whose keys are interleaved */
+
+/* Keys and values of consecutive positions for one key-value head.  Key element (i, d) lies at
+ * k[(i / 16) * head_dim * 16 + d * 16 + i % 16], value element (i, d) at v[i * head_dim + d]. The
+ * last key panel is complete memory (contents beyond count are finite and ignored). */
+typedef struct qllm_kv_span {
+    const float *k, *v;
+    int64_t count;
+} qllm_kv_span;
+
+/* One row of a batch and one key-value head: `heads` query heads attend to positions
+ * [begin, end) of the spans, which follow one another from position 0.
+ *   score_j = fma chain over d ascending of q_d * k_jd from +0, then fma(dot, scale, bias_j)
+ *             (dot * scale without a bias)
+ *   e_j = exp(score_j - max score), out_d = (fma chain over j ascending of e_j * v_jd from +0)
+ *         * (1 / lane sum of e_begin .. e_end-1) */
+typedef struct qllm_attention {
+    const float *q;         /* (heads, head_dim), contiguous */
+    int64_t heads, head_dim;
+    const qllm_kv_span *spans;
+    int64_t n_spans;
+    int64_t begin, end;     /* 0 <= begin < end <= sum of counts */
+    float scale;
+    const float *bias;      /* bias[h * bias_stride + j] for position j, or NULL */
+    int64_t bias_stride;
+    float *scores;          /* scratch: qllm_attention_scratch(end - begin) floats */
+    float *out;             /* (heads, head_dim), contiguous */
+} qllm_attention;
+
+static inline int64_t qllm_attention_scratch(int64_t positions)
+{
+    return (positions + 2 * QLLM_KV_PANEL + 15) / 16 * 16;
+}
+
+/* The input of a linear layer: x (m, cols) float32, row r at x + r * stride; for int8 weights also
+ * the rows of qllm_int8_activation. */
+typedef struct qllm_rows {
+    const float *x;
+    int64_t m, cols, stride;
+    const int8_t *q;               /* (m, cols padded to 64, zeros behind) or NULL */
+    const float *scale;            /* (m) */
+    const int32_t *outliers;       /* row r: outliers[r * cols .. + n_outliers[r]], ascending */
+    const int64_t *n_outliers;     /* (m) */
+} qllm_rows;
+
+typedef struct qllm_cpu_ops {
+    const char *name;
+
+    /* y[r * y_stride + o] for the outputs o of tiles [tile_begin, tile_end), every row r: exactly
+     * the sums of core/linear_ref.h.  bias (rows) or NULL. */
+    void (*linear)(const qllm_packed *weight, const float *bias, const qllm_rows *rows,
+                   int64_t tile_begin, int64_t tile_end, float *y, int64_t y_stride);
+    /* What `linear` runs for a weight and m rows: "nf4 avx512, fused, 1-4 rows". Static text. */
+    const char *(*linear_name)(const qllm_packed *weight, int64_t m);
+    /* As qllm_int8_activation of core/quant.h; writes zeros behind cols up to a multiple of 64. */
+    void (*int8_activation)(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
+                            int32_t *outliers, int64_t *n_outliers);
+
+    /* y = w * (x * (1 / sqrt(lane sum of x * x / n + eps))); y may be x */
+    void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *y);
+    /* mean = lane sum of x / n, var = lane sum of (x - mean)^2 / n;
+     * y = fma((x - mean) * (1 / sqrt(var + eps)), w, bias), without bias the product; y may be x */
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, int64_t n, float eps,
+                       float *y);
+    /* rotates pairs (i, i + half): x_i = fma(x_i, cos_i, -(x_i+half * sin_i)),
+     * x_i+half = fma(x_i+half, cos_i, x_i * sin_i) with the old values */
+    void (*rope)(float *x, const float *cos, const float *sin, int64_t half);
+    void (*attention)(const qllm_attention *args);
+    /* y = act(gate) * up; up NULL: y = act(gate); y may be gate */
+    void (*silu)(const float *gate, const float *up, int64_t n, float *y);      /* x / (1 + exp(-x)) */
+    void (*gelu)(const float *gate, const float *up, int64_t n, float *y);      /* x/2 (1 + erf(x/sqrt 2)) */
+    void (*gelu_tanh)(const float *gate, const float *up, int64_t n, float *y); /* the tanh form */
+    void (*add)(const float *a, int64_t n, float *x); /* x += a */
+} qllm_cpu_ops;
+
+/* The table of a compiled and supported set (cpu/features.h). */
+const qllm_cpu_ops *qllm_cpu_ops_get(qllm_isa isa);
+
+#endif

@@ -1,0 +1,34 @@
+/* What the processor and the operating system allow, asked once: CPUID and, for the register state
+ * that the system saves, XGETBV. */
+#ifndef QLLM_CPU_FEATURES_H
+#define QLLM_CPU_FEATURES_H
+
+#include <stdbool.h>
+
+#include "core/status.h"
+
+typedef enum qllm_isa {
+    QLLM_ISA_SCALAR = 0,
+    QLLM_ISA_AVX2 = 1,   /* AVX2, FMA, F16C */
+    QLLM_ISA_AVX512 = 2, /* AVX-512 F, BW, VL, DQ and VNNI, besides the above */
+    QLLM_ISA_COUNT = 3
+} qllm_isa;
+
+typedef struct qllm_cpu_features {
+    char model[64]; /* the processor's brand string, "" where there is none */
+    bool avx2, fma, f16c;
+    bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
+} qllm_cpu_features;
+
+const qllm_cpu_features *qllm_cpu_features_get(void);
+
+const char *qllm_isa_name(qllm_isa isa);   /* "scalar", "avx2", "avx512" */
+bool qllm_isa_compiled(qllm_isa isa);      /* part of this build */
+bool qllm_isa_supported(qllm_isa isa);     /* compiled, and this machine can run it */
+
+/* The best supported set for name NULL or "auto", else the one of that name.  An unknown name, one
+ * that is not compiled or that this machine cannot run is an error which lists those it can run:
+ * never another set in silence. */
+qllm_status qllm_isa_choose(const char *name, qllm_isa *isa, qllm_error *error);
+
+#endif
