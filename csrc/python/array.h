@@ -12,7 +12,8 @@ typedef enum qllm_array_kind {
     QLLM_ARRAY_I64, /* any integer dtype is accepted and widened */
     QLLM_ARRAY_U8,
     QLLM_ARRAY_I8,
-    QLLM_ARRAY_U16
+    QLLM_ARRAY_U16,
+    QLLM_ARRAY_F16
 } qllm_array_kind;
 
 /* Imports the NumPy C API; once, from the module's exec slot. */

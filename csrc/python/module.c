@@ -1,5 +1,7 @@
 /* qllm._core: the extension module.  Everything it offers is added by the setup functions of the
  * other files; here stand its state and its errors. */
+#include <string.h>
+
 #include "python/array.h"
 #include "python/state.h"
 
@@ -23,7 +25,11 @@ PyObject *qllm_raise(const qllm_state *state, const qllm_error *error)
     case QLLM_OK:
     case QLLM_INTERNAL: break;
     }
-    PyErr_SetString(type, error->text);
+    /* the text may have been cut within a character */
+    PyObject *text = PyUnicode_DecodeUTF8(error->text, (Py_ssize_t)strlen(error->text), "replace");
+    if (text != NULL)
+        PyErr_SetObject(type, text);
+    Py_XDECREF(text);
     return NULL;
 }
 
