@@ -22,6 +22,15 @@ extern const float qllm_dynamic_map[256];
 uint8_t qllm_nf4_encode(float x);
 uint8_t qllm_fp4_encode(float x);
 
+/* The same for many values at once: the code of x is codes[number of thresholds below x]. */
+typedef struct qllm_encoder {
+    float thresholds[15]; /* ascending */
+    uint8_t codes[16];
+} qllm_encoder;
+
+qllm_encoder qllm_nf4_encoder(void);
+qllm_encoder qllm_fp4_encoder(void);
+
 /* The index of the entry of qllm_dynamic_map nearest to x (ties: the lower index). */
 uint8_t qllm_dynamic_encode(float x);
 

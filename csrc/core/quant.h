@@ -8,10 +8,12 @@
 #include "core/qweight.h"
 
 /* Quantizes the matrix `source` (rows, cols) of f32, f16 or bf16 into *weight, which is initialised
- * here and owned by the caller.  `blocksize` is used by the 4-bit formats only.  NaN and infinity
- * are an error that names the tensor, the row, the column and the value, unless allow_nonfinite:
- * then a block (4-bit) or row (int8) that holds one gets absmax NaN and reads back as NaN
- * throughout, and every other block is unharmed.  The float formats round to nearest and keep them. */
+ * here and owned by the caller; on failure it is empty.  `blocksize` is used by the 4-bit formats
+ * only.  NaN and infinity are an error that names the tensor, the row, the column and the value,
+ * unless allow_nonfinite: then everything that shares a scale with one reads back as NaN, which is
+ * its block (nf4, fp4), its row (int8) or its group of 256 blocks (the -dq forms), and every other
+ * value is unharmed.  The float formats round to nearest; a finite value beyond the range of the
+ * format is an error, unless allow_nonfinite: then it becomes infinity. */
 qllm_status qllm_quantize(const qllm_tensor *source, qllm_format format, int64_t blocksize,
                           bool allow_nonfinite, const char *name, qllm_qweight *weight,
                           qllm_error *error);
@@ -31,19 +33,25 @@ qllm_status qllm_quantization_error(const qllm_tensor *source, const qllm_qweigh
                                     const char *name, qllm_quant_error *out, qllm_error *error);
 
 /* Per-family parts, called by the functions above (one file each). `weight` is initialised;
- * source values have been checked or allowed. */
-void qllm_quantize_4bit(const qllm_tensor *source, qllm_qweight *weight); /* quant_4bit.c */
+ * source values have been checked or allowed.  absmax (blocks) receives the scales, NaN for a block
+ * that holds NaN or infinity; for nf4 and fp4 it is weight->absmax itself. */
+void qllm_quantize_4bit(const qllm_tensor *source, float *absmax, qllm_qweight *weight);
 void qllm_dequantize_4bit(const qllm_qweight *weight, int64_t first, int64_t count, float *out);
-qllm_status qllm_quantize_nested(const float *absmax, qllm_qweight *weight,
-                                 qllm_error *error); /* quant_dq.c */
-float qllm_nested_absmax_at(const qllm_qweight *weight, int64_t block);
+void qllm_quantize_nested(const float *absmax, qllm_qweight *weight); /* quant_dq.c */
 void qllm_quantize_int8(const qllm_tensor *source, qllm_qweight *weight); /* quant_int8.c */
 void qllm_dequantize_int8(const qllm_qweight *weight, int64_t first, int64_t count, float *out);
 
+/* The largest |x| of n values as bits of a float32: above 0x7f800000 where one is NaN, equal to it
+ * where one is infinite. */
+uint32_t qllm_largest_bits(const float *x, int64_t n);
+
 /* LLM.int8() activations (Dettmers et al., arXiv 2208.07339): one row x (cols) -> q (cols) int8 and
- * *scale = absmax / 127 over the elements with |x| < threshold (threshold <= 0: all elements).
- * q = round-half-even(x * (127 / absmax)); elements at or above the threshold get q = 0 and their
- * column indices are written, ascending, to outliers (cols), their number to *n_outliers. */
+ * *scale = absmax / 127 over the elements with |x| < threshold (threshold <= 0: all elements),
+ * q = round-half-even(x * (127 / absmax)), every operation rounded to float32.  The other elements,
+ * NaN among them, are outliers: they get q = 0, and their column indices are written, ascending, to
+ * outliers (cols; NULL allowed when threshold <= 0), their number to *n_outliers.  A row of zeros, or
+ * so small that 127 / absmax is infinite (absmax below 3.8e-37), gets q = 0 and scale 0; a row that
+ * holds NaN or infinity where these are no outliers gets q = 0 and scale NaN. */
 void qllm_int8_activation(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
                           int32_t *outliers, int64_t *n_outliers);
 

@@ -36,6 +36,9 @@ bool qllm_format_is_4bit(qllm_format format);   /* nf4, fp4 and their -dq forms 
 bool qllm_format_is_nested(qllm_format format); /* the -dq forms */
 bool qllm_format_is_float(qllm_format format);  /* f32, f16, bf16 */
 
+/* Element type of the data of a float format. */
+qllm_dtype qllm_format_dtype(qllm_format format);
+
 /* Owns every array.  n = rows * cols, blocks = ceil(n / blocksize), nested = ceil(blocks / 256).
  *
  *   field          f32 f16 bf16     nf4 fp4            nf4-dq fp4-dq        int8
@@ -51,7 +54,7 @@ bool qllm_format_is_float(qllm_format format);  /* f32, f16, bf16 */
  * byte i / 2 when i is even, else the low nibble, and it belongs to block i / blocksize: blocks run
  * across row ends.  Dequantized: code[c] * absmax[b] in float32, where for the nested forms
  * absmax[b] = nested_code[absmax_codes[b]] * nested_absmax[b / 256] + offset, two roundings.
- * int8: data * absmax[r] / 127, see quant.h. */
+ * int8: data * (absmax[r] * (1/127)), the bracket rounded to float32 first. */
 typedef struct qllm_qweight {
     qllm_format format;
     int64_t rows, cols, blocksize;
@@ -66,7 +69,8 @@ typedef struct qllm_qweight {
 } qllm_qweight;
 
 /* Checks format, sizes and blocksize and allocates zeroed arrays; tables are filled with the
- * standard ones.  On failure *weight is empty.  `name` is used in the sentence. */
+ * standard ones.  `blocksize` is used by the 4-bit formats only and stored as 0 for the others.  On
+ * failure *weight is empty.  `name` is used in the sentence. */
 qllm_status qllm_qweight_init(qllm_qweight *weight, qllm_format format, int64_t rows, int64_t cols,
                               int64_t blocksize, const char *name, qllm_error *error);
 
@@ -83,7 +87,14 @@ int64_t qllm_qweight_nbytes(const qllm_qweight *weight);
 /* The float32 absmax of every block into out (qllm_qweight_blocks), nested forms read back. */
 void qllm_qweight_absmax(const qllm_qweight *weight, float *out);
 
-/* Checks contents that came from outside: absmax finite and not negative, tables finite.  */
-qllm_status qllm_qweight_check(const qllm_qweight *weight, const char *name, qllm_error *error);
+/* The float32 absmax of one block of a nested form. */
+float qllm_nested_absmax_at(const qllm_qweight *weight, int64_t block);
+
+/* Checks contents that came from outside: scales finite and not negative, nested scales finite when
+ * read back, tables finite, int8 codes in -127 .. 127 and all 0 where the scale is 0, float values
+ * finite.  With allow_nonfinite NaN scales (what qllm_quantize writes for blocks with NaN or
+ * infinity) and any float value pass. */
+qllm_status qllm_qweight_check(const qllm_qweight *weight, bool allow_nonfinite, const char *name,
+                               qllm_error *error);
 
 #endif

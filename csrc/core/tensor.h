@@ -19,4 +19,8 @@ typedef struct qllm_tensor {
  * `name` is used in the sentence. */
 qllm_status qllm_tensor_check(const qllm_tensor *tensor, const char *name, qllm_error *error);
 
+/* NaN or infinity is an error that names its row, column and value. */
+qllm_status qllm_tensor_check_finite(const qllm_tensor *tensor, const char *name,
+                                     qllm_error *error);
+
 #endif

@@ -1,0 +1,189 @@
+#include "core/linear_ref.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+#include "core/alloc.h"
+#include "core/checked.h"
+#include "core/codebook.h"
+#include "core/quant.h"
+
+/* One row of W as the sum takes it: w (cols), and one scale for each group. */
+static void decode_row(const qllm_qweight *weight, int64_t row, float *w, float *scales)
+{
+    int64_t cols = weight->cols, first = row * cols;
+    bool by_block = qllm_format_is_4bit(weight->format) && cols % weight->blocksize == 0;
+    if (!by_block)
+        qllm_dequantize(weight, first, cols, w);
+    for (int64_t k = 0; by_block && k < cols; k++) {
+        int64_t i = first + k;
+        uint8_t byte = weight->data[i / 2];
+        w[k] = weight->code[i % 2 == 0 ? byte >> 4 : byte & 15];
+    }
+    for (int64_t k = 0, group = 0; k < cols; k += QLLM_GROUP, group++) {
+        int64_t block = by_block ? (first + k) / weight->blocksize : 0;
+        scales[group] = !by_block                               ? 1.0f
+                        : qllm_format_is_nested(weight->format) ? qllm_nested_absmax_at(weight, block)
+                                                                : weight->absmax[block];
+    }
+}
+
+static float dot(const float *w, const float *scales, const float *x, int64_t cols)
+{
+    float y = 0.0f;
+    for (int64_t first = 0, group = 0; first < cols; first += QLLM_GROUP, group++) {
+        int64_t end = cols - first < QLLM_GROUP ? cols : first + QLLM_GROUP;
+        float p = 0.0f;
+        for (int64_t k = first; k < end; k++)
+            p = fmaf(w[k], x[k], p);
+        y = fmaf(scales[group], p, y);
+    }
+    return y;
+}
+
+static qllm_status linear_float(const qllm_qweight *weight, const float *bias, const float *x,
+                                int64_t m, float *y, qllm_error *error)
+{
+    int64_t cols = weight->cols, groups = 0;
+    void *w = NULL, *scales = NULL;
+    qllm_checked_ceil_div(cols, QLLM_GROUP, &groups);
+    qllm_status status = qllm_alloc(&w, cols, sizeof(float), "a row of weights", error);
+    if (status == QLLM_OK)
+        status = qllm_alloc(&scales, groups, sizeof(float), "the scales of a row", error);
+    for (int64_t r = 0; status == QLLM_OK && r < weight->rows; r++) {
+        decode_row(weight, r, w, scales);
+        for (int64_t i = 0; i < m; i++) {
+            float sum = dot(w, scales, x + i * cols, cols);
+            y[i * weight->rows + r] = bias != NULL ? sum + bias[r] : sum;
+        }
+    }
+    qllm_free(w);
+    qllm_free(scales);
+    return status;
+}
+
+/* What a row of x needs in LLM.int8(), allocated once for all rows. */
+typedef struct int8_scratch {
+    int8_t *q;           /* (cols) */
+    int32_t *outliers;   /* (cols) */
+    int64_t n_outliers;
+} int8_scratch;
+
+static void free_scratch(int8_scratch *scratch)
+{
+    qllm_free(scratch->q);
+    qllm_free(scratch->outliers);
+}
+
+static qllm_status make_scratch(const qllm_qweight *weight, int8_scratch *scratch,
+                                qllm_error *error)
+{
+    void *memory;
+    *scratch = (int8_scratch){NULL, NULL, 0};
+    if (weight->cols > QLLM_INT8_MAX_COLS)
+        return qllm_fail(error, QLLM_UNSUPPORTED, "an int8 weight of %" PRId64 " columns was given; "
+                         "the exact int32 sum holds at most %d: use another format", weight->cols,
+                         QLLM_INT8_MAX_COLS);
+    qllm_status status = qllm_alloc(&memory, weight->cols, 1, "a row of int8 inputs", error);
+    if (status != QLLM_OK)
+        return status;
+    scratch->q = memory;
+    status = qllm_alloc(&memory, weight->cols, sizeof(int32_t), "the outlier columns", error);
+    scratch->outliers = memory;
+    if (status != QLLM_OK)
+        free_scratch(scratch);
+    return status;
+}
+
+/* All outputs of one row x, whose int8 part and outlier columns stand in scratch. */
+static void linear_int8_row(const qllm_qweight *weight, const float *bias, const float *x,
+                            float scale, const int8_scratch *scratch, float *y)
+{
+    for (int64_t r = 0; r < weight->rows; r++) {
+        const int8_t *data = (const int8_t *)weight->data + r * weight->cols;
+        float row_scale = weight->absmax[r] * (1.0f / 127.0f);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < weight->cols; k++)
+            sum += (int32_t)scratch->q[k] * data[k];
+        float result = (float)sum * (scale * row_scale);
+        for (int64_t j = 0; j < scratch->n_outliers; j++) {
+            int32_t k = scratch->outliers[j];
+            result = fmaf(x[k], (float)data[k] * row_scale, result);
+        }
+        y[r] = bias != NULL ? result + bias[r] : result;
+    }
+}
+
+static qllm_status linear_int8(const qllm_qweight *weight, const float *bias, const float *x,
+                               int64_t m, float threshold, float *y, qllm_error *error)
+{
+    int8_scratch scratch;
+    float scale;
+    qllm_status status = make_scratch(weight, &scratch, error);
+    if (status != QLLM_OK)
+        return status;
+    for (int64_t i = 0; i < m; i++) {
+        const float *row = x + i * weight->cols;
+        qllm_int8_activation(row, weight->cols, threshold, scratch.q, &scale, scratch.outliers,
+                             &scratch.n_outliers);
+        linear_int8_row(weight, bias, row, scale, &scratch, y + i * weight->rows);
+    }
+    free_scratch(&scratch);
+    return QLLM_OK;
+}
+
+qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const float *x, int64_t m,
+                            float threshold, float *y, qllm_error *error)
+{
+    if (weight->format == QLLM_FORMAT_INT8)
+        return linear_int8(weight, bias, x, m, threshold, y, error);
+    return linear_float(weight, bias, x, m, y, error);
+}
+
+/* Marks in `used` (cols) the columns that are outliers in any row. */
+static void mark_outliers(const float *x, int64_t m, int64_t cols, float threshold,
+                          int8_scratch *scratch, uint8_t *used)
+{
+    float scale;
+    for (int64_t i = 0; i < m; i++) {
+        qllm_int8_activation(x + i * cols, cols, threshold, scratch->q, &scale, scratch->outliers,
+                             &scratch->n_outliers);
+        for (int64_t j = 0; j < scratch->n_outliers; j++)
+            used[scratch->outliers[j]] = 1;
+    }
+}
+
+qllm_status qllm_linear_int8_batch(const qllm_qweight *weight, const float *bias, const float *x,
+                                   int64_t m, float threshold, float *y, qllm_error *error)
+{
+    int8_scratch scratch;
+    void *memory;
+    int64_t cols = weight->cols;
+    if (weight->format != QLLM_FORMAT_INT8)
+        return qllm_fail(error, QLLM_VALUE, "outlier columns of a batch exist for int8 only, not for "
+                         "%s", qllm_format_name(weight->format));
+    qllm_status status = make_scratch(weight, &scratch, error);
+    if (status != QLLM_OK)
+        return status;
+    status = qllm_alloc(&memory, cols, 1, "the outlier columns of a batch", error);
+    uint8_t *used = memory;
+    if (status == QLLM_OK)
+        mark_outliers(x, m, cols, threshold, &scratch, used);
+    for (int64_t i = 0; status == QLLM_OK && i < m; i++) {
+        const float *row = x + i * cols;
+        float scale;
+        qllm_int8_activation(row, cols, threshold, scratch.q, &scale, scratch.outliers,
+                             &scratch.n_outliers);
+        scratch.n_outliers = 0;
+        for (int64_t k = 0; k < cols; k++)
+            if (used[k]) {
+                scratch.q[k] = 0;
+                scratch.outliers[scratch.n_outliers++] = (int32_t)k;
+            }
+        linear_int8_row(weight, bias, row, scale, &scratch, y + i * weight->rows);
+    }
+    qllm_free(used);
+    free_scratch(&scratch);
+    return status;
+}
