@@ -1,0 +1,88 @@
+"""The C core. Arrays come in as NumPy arrays, or as objects with `__array__` or a buffer."""
+
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+# formats: csrc/python/py_quant.c, py_quantized_tensor.c; the bytes are drawn in docs/formats.md
+
+@final
+class QuantizedTensor:
+    """A weight matrix W (rows, cols) in one of the formats, immutable. Its arrays are read-only
+    views that keep it alive; parts that a format does not have are None."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def blocksize(self) -> int | None: ...
+    @property
+    def packed(self) -> NDArray[Any]:
+        """4-bit: uint8 ((n + 1) // 2,); int8: int8 (rows, cols); f32, f16, bf16: the values
+        (rows, cols) as float32, float16, and uint16 bits."""
+    @property
+    def absmax(self) -> NDArray[np.float32] | None: ...
+    @property
+    def absmax_codes(self) -> NDArray[np.uint8] | None: ...
+    @property
+    def nested_absmax(self) -> NDArray[np.float32] | None: ...
+    @property
+    def nested_quant_map(self) -> NDArray[np.float32] | None: ...
+    @property
+    def offset(self) -> float | None: ...
+    @property
+    def quant_map(self) -> NDArray[np.float32] | None: ...
+    @property
+    def scb(self) -> NDArray[np.float32] | None: ...
+    @property
+    def dtype_name(self) -> str | None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def bits_per_weight(self) -> float: ...
+    def dequantize(self) -> NDArray[np.float32]: ...
+    def error(self, source: Any, dtype: str | None = None, name: str = "source") -> dict[str, float]:
+        """mean_abs, max_abs, rmse, sqnr_db against the unquantized array of the same shape."""
+    def matmul_reference(
+        self,
+        x: Any,
+        bias: Any = None,
+        threshold: float = 6.0,
+        *,
+        batch_outliers: bool = False,
+    ) -> NDArray[np.float32]:
+        """y = x W^T + bias in the order of summation of csrc/core/linear_ref.h; x float32 (m, cols)
+        or (cols,)."""
+    def __copy__(self) -> QuantizedTensor: ...
+    def __deepcopy__(self, memo: Any, /) -> QuantizedTensor: ...
+
+def quantize(
+    array: Any,
+    format: str,
+    blocksize: int = 64,
+    *,
+    allow_nonfinite: bool = False,
+    name: str = "array",
+    dtype: str | None = None,
+) -> QuantizedTensor: ...
+def quantized_from_parts(
+    format: str,
+    shape: tuple[int, int],
+    packed: Any,
+    *,
+    blocksize: int | None = None,
+    absmax: Any = None,
+    absmax_codes: Any = None,
+    nested_absmax: Any = None,
+    nested_quant_map: Any = None,
+    offset: float | None = None,
+    quant_map: Any = None,
+    scb: Any = None,
+    dtype_name: str | None = None,
+    name: str = "weight",
+    allow_nonfinite: bool = False,
+) -> QuantizedTensor: ...
+def codebook(name: Literal["nf4", "fp4", "dynamic"], /) -> NDArray[np.float32]: ...
+def _alloc_fail_at(n: int, /) -> None: ...
