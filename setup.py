@@ -24,6 +24,7 @@ FLAGS_BY_SUFFIX = {
 # -ffp-contract=off: a fused multiply-add stands only where the source says so, since the order and
 # the roundings of every sum are part of the format's definition.
 COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+          "-fno-trapping-math",
           "-Wall", "-Wextra"]
 
 
