@@ -6,7 +6,8 @@
  * (Gumbel coupling: arXiv 2408.07978).  With r_i = q_i / p_i, sorted once for all temperatures since
  * the order of r is that of test - ref whatever T, the disagreement is
  *     1 - A = sum_i p_i e_i / (1 + e_i),   e_i = Q(r_j > r_i) / r_i - P(r_j > r_i) >= 0,
- * suffix sums over the sorted order.  In this form equal rows give exactly 0. */
+ * suffix sums over the sorted order, tokens of equal r together.  In this form, with
+ * log(p_i / q_i) = (ref_i - test_i) / T + constant, equal rows give exactly 0 in every metric. */
 #ifndef QLLM_CORE_LOGIT_STATS_H
 #define QLLM_CORE_LOGIT_STATS_H
 
@@ -26,11 +27,13 @@ typedef struct qllm_logit_stats {
     double *delta_p;      /* q[target] - p[target]; 0 without a target */
 } qllm_logit_stats;
 
-int64_t qllm_logit_stats_scratch(int64_t vocab); /* bytes; -1 on overflow */
+/* Scratch bytes for one row; -1 where vocab is not 1 .. 2^31 - 1. */
+int64_t qllm_logit_stats_scratch(int64_t vocab);
 
 /* ref, test (vocab) float32, finite or -inf (not all -inf; NaN and +inf are errors); temperatures
  * >= 0 and finite, 0 meaning the one-hot argmax (lowest id among equals).  target: token id or -1.
- * *same_top is 1 when the argmaxes agree, else 0.  Sums in float64, fixed order. */
+ * *same_top is 1 when the argmaxes agree, else 0.  Sums in float64, fixed order.  `scratch` is
+ * 64-byte aligned memory of qllm_logit_stats_scratch(vocab). */
 qllm_status qllm_logit_stats_row(const float *ref, const float *test, int64_t vocab,
                                  const double *temperatures, int64_t n_temperatures, int64_t target,
                                  void *scratch, const qllm_logit_stats *out, int *same_top,

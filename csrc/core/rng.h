@@ -9,14 +9,22 @@
 /* The raw generator: 128-bit counter and 64-bit key to four 32-bit words. */
 void qllm_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-/* Uniform in (0, 1): (word + 0.5) / 2^32, where word is number token % 4 of
- * philox(counter = {token / 4, step, prompt low, prompt high}, key = {seed low, seed high}). */
-double qllm_uniform(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t token);
+/* The noise words of tokens 4 * block .. 4 * block + 3:
+ * philox(counter = {block, step, prompt low, prompt high}, key = {seed low, seed high}). */
+void qllm_noise_block(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t block,
+                      uint32_t words[4]);
 
-/* Standard Gumbel noise -log(-log(u)) of that uniform; between -3.1 and 22.9. */
+/* Standard Gumbel noise -log(-log(u)) of u = (word + 0.5) / 2^32; from -3.14 to 22.88. */
+double qllm_gumbel_of(uint32_t word);
+
+/* An upper bound of qllm_gumbel_of(word) that needs no logarithm; the larger the noise, the closer,
+ * down to ln 2. */
+double qllm_gumbel_bound(uint32_t word);
+
+/* The noise of one token: qllm_gumbel_of of word token % 4 of block token / 4. */
 double qllm_gumbel(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t token);
 
-/* An upper bound of qllm_gumbel. */
+/* An upper bound of every qllm_gumbel. */
 #define QLLM_GUMBEL_MAX 22.88
 
 #endif

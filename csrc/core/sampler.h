@@ -12,13 +12,16 @@
 #include "core/status.h"
 
 typedef struct qllm_sampling {
-    float temperature;        /* >= 0, finite; 0 is greedy */
-    int64_t top_k;            /* keep the k largest, ties by lower id; 0 = off; > vocab = all */
-    float top_p;              /* (0, 1]: smallest set of largest probabilities with sum >= top_p; 1 = off */
-    float min_p;              /* [0, 1]: keep p_i >= min_p * max p; 0 = off */
-    float repetition_penalty; /* > 0: logits of seen tokens / penalty if positive, else * penalty */
+    double temperature;        /* >= 0, finite; 0 is greedy */
+    int64_t top_k;             /* keep the k largest, ties by lower id; 0 = off; > vocab = all */
+    double top_p;              /* (0, 1]: smallest set of largest probabilities with sum >= top_p,
+                                  ties by lower id; 1 = off */
+    double min_p;              /* [0, 1]: keep p_i >= min_p * max p; 0 = off */
+    double repetition_penalty; /* > 0, finite: the logit of a token of the history is divided by it
+                                  where positive, else multiplied, once, and saturates at the
+                                  largest float32 */
     uint64_t seed;
-    uint64_t prompt;          /* names the noise stream, see rng.h */
+    uint64_t prompt;           /* names the noise stream, see rng.h */
 } qllm_sampling;
 
 /* {1, 0, 1, 0, 1, 0, 0}: plain sampling at temperature 1. */
@@ -34,7 +37,8 @@ typedef struct qllm_sampled {
                                0 when greedy */
 } qllm_sampled;
 
-/* Scratch bytes that qllm_sample and qllm_distribution need for one row (checked; -1 on overflow). */
+/* Scratch bytes that qllm_sample and qllm_distribution need for one row; -1 where the vocabulary has
+ * fewer than 1 or more than 2^31 - 1 tokens. */
 int64_t qllm_sample_scratch(int64_t vocab);
 
 /* logits (vocab) float32, not changed; history (n_history) token ids for the repetition penalty,
