@@ -86,3 +86,47 @@ def quantized_from_parts(
 ) -> QuantizedTensor: ...
 def codebook(name: Literal["nf4", "fp4", "dynamic"], /) -> NDArray[np.float32]: ...
 def _alloc_fail_at(n: int, /) -> None: ...
+
+# sampling: csrc/python/py_sampler.c, py_logit_stats.c; the definitions are in docs/sampling.md
+
+def sample(
+    logits: Any,
+    *,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    seed: Any = 0,
+    prompt: Any = 0,
+    step: Any = 0,
+    history: Any = None,
+) -> tuple[Any, Any, Any]:
+    """tokens int64, logprobs float32, sampling_logprobs float32: arrays (n,), or numbers for one
+    row."""
+
+def distribution(
+    logits: Any,
+    *,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    history: Any = None,
+) -> NDArray[np.float32]:
+    """The probabilities that sample draws from, in the shape of logits."""
+
+def logprobs(logits: Any, tokens: Any) -> Any:
+    """log softmax(logits)[token] of each row: float64 (n,), or a float for one row."""
+
+def logit_stats(
+    ref: Any, test: Any, temperatures: Any, targets: Any = None
+) -> dict[str, NDArray[Any]]:
+    """The arrays of qllm.LogitStats by name, and same_top as uint8."""
+
+def gumbel(seed: Any, prompt: Any, step: Any, tokens: Any) -> Any:
+    """Standard Gumbel noise of tokens: float64 (n,), or a float for one token."""
+
+def philox(counter: Any, key: Any) -> tuple[int, int, int, int]:
+    """Philox4x32-10."""

@@ -61,6 +61,7 @@ static int core_exec(PyObject *module)
     if (qllm_array_setup() < 0 || import_errors(qllm_state_of(module)) < 0)
         return -1;
     if (qllm_setup_quant(module) < 0 || qllm_setup_sampler(module) < 0 ||
+        qllm_setup_logit_stats(module) < 0 ||
         qllm_setup_device(module) < 0 || qllm_setup_decoder(module) < 0)
         return -1;
     return 0;

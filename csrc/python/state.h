@@ -33,6 +33,7 @@ PyObject *qllm_raise_value(const qllm_state *state, const char *format, ...);
 /* Each adds the functions and types of one file to the module; 0, or -1 with an exception set. */
 int qllm_setup_quant(PyObject *module);
 int qllm_setup_sampler(PyObject *module);
+int qllm_setup_logit_stats(PyObject *module);
 int qllm_setup_device(PyObject *module);
 int qllm_setup_decoder(PyObject *module);
 
