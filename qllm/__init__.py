@@ -4,3 +4,5 @@ from .quantize import QuantizedTensor, quantize
 from .sampling import LogitStats, Sampled, logit_stats, sample
 
 __all__ = ["LogitStats", "QuantizedTensor", "Sampled", "logit_stats", "quantize", "sample"]
+
+__version__ = "0.1.0"
