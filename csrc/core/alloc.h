@@ -14,7 +14,13 @@ enum { QLLM_ALIGNMENT = 64 };
 qllm_status qllm_alloc(void **out, int64_t count, int64_t size, const char *what,
                        qllm_error *error);
 
-/* Frees what qllm_alloc gave; NULL is allowed. */
+/* The same for weights: from QLLM_LARGE_BYTES on, aligned to 2 MiB and, where the system offers it,
+ * on huge pages, which makes streaming through them some 5 to 10 % faster. */
+enum { QLLM_LARGE_BYTES = 4 << 20 };
+qllm_status qllm_alloc_large(void **out, int64_t count, int64_t size, const char *what,
+                             qllm_error *error);
+
+/* Frees what qllm_alloc or qllm_alloc_large gave; NULL is allowed. */
 void qllm_free(void *memory);
 
 /* For tests: let the n-th allocation from now fail (1 = the next), 0 = never.  Process-wide. */
