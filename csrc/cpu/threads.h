@@ -16,6 +16,10 @@ int qllm_threads_available(void);
 /* n threads in all, the caller included; 0 means QLLM_THREADS from the environment or, without it,
  * all available ones. More than available is clamped. */
 qllm_status qllm_threads_create(int n, qllm_threads **out, qllm_error *error);
+
+/* The number of threads that qllm_threads_create(n) would have. */
+qllm_status qllm_threads_resolve(int n, int *count, qllm_error *error);
+
 void qllm_threads_destroy(qllm_threads *threads);
 int qllm_threads_count(const qllm_threads *threads);
 
