@@ -1,0 +1,14 @@
+/* Two words to the compiler that the kernels need: a helper whose constant arguments must reach its
+ * loops, and a loop of few, constant turns whose array of sums must become registers. */
+#ifndef QLLM_CPU_INLINE_H
+#define QLLM_CPU_INLINE_H
+
+#define QLLM_INLINE static inline __attribute__((always_inline))
+
+#if defined(__clang__)
+#define QLLM_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define QLLM_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#endif

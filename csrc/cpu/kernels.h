@@ -1,0 +1,16 @@
+/* Inside the CPU device: what the files of one instruction set hand to its table. */
+#ifndef QLLM_CPU_KERNELS_H
+#define QLLM_CPU_KERNELS_H
+
+#include "cpu/cpu_ops.h"
+
+typedef void qllm_linear_kernel(const qllm_packed *weight, const float *bias, const qllm_rows *rows,
+                                int64_t tile_begin, int64_t tile_end, float *y, int64_t y_stride);
+typedef const char *qllm_linear_namer(const qllm_packed *weight, int64_t m);
+
+qllm_linear_kernel qllm_linear_scalar, qllm_linear_avx2, qllm_linear_avx512;
+qllm_linear_namer qllm_linear_name_scalar, qllm_linear_name_avx2, qllm_linear_name_avx512;
+
+extern const qllm_cpu_ops qllm_cpu_ops_scalar, qllm_cpu_ops_avx2, qllm_cpu_ops_avx512;
+
+#endif

@@ -1,0 +1,126 @@
+/* The linear kernel for int8 weights, written once on top of sixteen lanes; see linear_body.h.  The
+ * sum of a lane is exact in int32, so its order is free. */
+#ifndef QLLM_CPU_LINEAR_INT8_BODY_H
+#define QLLM_CPU_LINEAR_INT8_BODY_H
+
+#include <string.h>
+
+#include "cpu/cpu_ops.h"
+#include "cpu/packed_layout.h"
+
+enum { INT8_CHAINS = 4 }; /* sums side by side where one row and one tile are all there is */
+
+QLLM_INLINE int32_t four_codes(const int8_t *q)
+{
+    int32_t word;
+    memcpy(&word, q, sizeof word);
+    return word;
+}
+
+/* From the exact sum to the output: scales, outlier columns in float32, bias. */
+static void finish_int8(const qllm_packed *packed, const float *bias, const qllm_rows *in,
+                        int64_t tile, int64_t row, ilanes sum, float *y, int64_t y_stride)
+{
+    int64_t o = tile * QLLM_TILE_ROWS, left = packed->rows - o;
+    int64_t n = left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
+    const uint8_t *base = qllm_packed_tile(packed, tile);
+    const float *x = in->x + row * in->stride;
+    lanes scale = lanes_mul(lanes_load(packed->row_absmax + o), lanes_set1(1.0f / 127.0f));
+    lanes value = lanes_mul(lanes_from_int(sum), lanes_mul(lanes_set1(in->scale[row]), scale));
+    for (int64_t j = 0; j < in->n_outliers[row]; j++) {
+        int64_t k = in->outliers[row * in->cols + j];
+        lanes w = lanes_int8_column(ilanes_load(base + k / 4 * QLLM_LINE), (int)(k % 4));
+        value = lanes_fma(lanes_set1(x[k]), lanes_mul(w, scale), value);
+    }
+    if (bias != NULL)
+        value = lanes_add(value, lanes_load_n(bias + o, n));
+    lanes_store_n(y + row * y_stride + o, value, n);
+}
+
+/* `rows` rows of x from `row` on by `tiles` tiles from `tile` on. */
+QLLM_INLINE void int8_block(const int rows, const int tiles, const qllm_packed *packed,
+                            const float *bias, const qllm_rows *in, int64_t tile, int64_t row,
+                            float *y, int64_t y_stride)
+{
+    ilanes sum[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
+    const uint8_t *base = qllm_packed_tile(packed, tile);
+    int64_t padded = (packed->cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
+    const int8_t *q = in->q + row * padded;
+    QLLM_UNROLL
+    for (int r = 0; r < rows; r++)
+        QLLM_UNROLL
+        for (int t = 0; t < tiles; t++)
+            sum[r][t] = ilanes_dot_start(packed->row_sums + (tile + t) * QLLM_TILE_ROWS);
+    for (int64_t k = 0; k < padded; k += 4) {
+        ilanes w[LANES_BLOCK_TILES];
+        QLLM_UNROLL
+        for (int t = 0; t < tiles; t++)
+            w[t] = ilanes_load(base + t * packed->tile_bytes + k / 4 * QLLM_LINE);
+        QLLM_UNROLL
+        for (int r = 0; r < rows; r++) {
+            ilanes_word x = ilanes_dot_word(four_codes(q + r * padded + k));
+            QLLM_UNROLL
+            for (int t = 0; t < tiles; t++)
+                sum[r][t] = ilanes_dot(sum[r][t], w[t], x);
+        }
+    }
+    QLLM_UNROLL
+    for (int r = 0; r < rows; r++)
+        QLLM_UNROLL
+        for (int t = 0; t < tiles; t++)
+            finish_int8(packed, bias, in, tile + t, row + r, sum[r][t], y, y_stride);
+}
+
+/* One row by one tile, which is streamed once: chains over interleaved lines. */
+QLLM_INLINE void int8_single(const qllm_packed *packed, const float *bias, const qllm_rows *in,
+                             int64_t tile, int64_t row, float *y, int64_t y_stride)
+{
+    ilanes sum[INT8_CHAINS];
+    const uint8_t *base = qllm_packed_tile(packed, tile);
+    int64_t padded = (packed->cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
+    const int8_t *q = in->q + row * padded;
+    sum[0] = ilanes_dot_start(packed->row_sums + tile * QLLM_TILE_ROWS);
+    QLLM_UNROLL
+    for (int c = 1; c < INT8_CHAINS; c++)
+        sum[c] = ilanes_set1(0);
+    for (int64_t k = 0; k < padded; k += 4 * INT8_CHAINS) {
+        QLLM_UNROLL
+        for (int c = 0; c < INT8_CHAINS; c++) {
+            const uint8_t *line = base + (k / 4 + c) * QLLM_LINE;
+            __builtin_prefetch(line + 8192);
+            sum[c] = ilanes_dot(sum[c], ilanes_load(line),
+                                ilanes_dot_word(four_codes(q + k + 4 * c)));
+        }
+    }
+    for (int c = 1; c < INT8_CHAINS; c++)
+        sum[0] = ilanes_add(sum[0], sum[c]);
+    finish_int8(packed, bias, in, tile, row, sum[0], y, y_stride);
+}
+
+/* All rows of x by `tiles` tiles. */
+QLLM_INLINE void int8_tiles(const int tiles, const qllm_packed *packed, const float *bias,
+                            const qllm_rows *in, int64_t tile, float *y, int64_t y_stride)
+{
+    int64_t row = 0;
+    for (; row + LANES_BLOCK_ROWS <= in->m; row += LANES_BLOCK_ROWS)
+        int8_block(LANES_BLOCK_ROWS, tiles, packed, bias, in, tile, row, y, y_stride);
+    for (; LANES_BLOCK_ROWS > 2 && row + 2 <= in->m; row += 2)
+        int8_block(LANES_BLOCK_ROWS > 2 ? 2 : 1, tiles, packed, bias, in, tile, row, y, y_stride);
+    for (; row < in->m; row++)
+        int8_block(1, tiles, packed, bias, in, tile, row, y, y_stride);
+}
+
+QLLM_INLINE void linear_int8(const qllm_packed *packed, const float *bias, const qllm_rows *in,
+                             int64_t begin, int64_t end, float *y, int64_t y_stride)
+{
+    int64_t tile = begin;
+    if (in->m == 1)
+        for (; tile < end; tile++)
+            int8_single(packed, bias, in, tile, 0, y, y_stride);
+    for (; tile + LANES_BLOCK_TILES <= end; tile += LANES_BLOCK_TILES)
+        int8_tiles(LANES_BLOCK_TILES, packed, bias, in, tile, y, y_stride);
+    for (; tile < end; tile++)
+        int8_tiles(1, packed, bias, in, tile, y, y_stride);
+}
+
+#endif
