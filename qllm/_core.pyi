@@ -1,6 +1,6 @@
 """The C core. Arrays come in as NumPy arrays, or as objects with `__array__` or a buffer."""
 
-from typing import Any, Literal, final
+from typing import Any, Literal, TypedDict, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,18 @@ class QuantizedTensor:
     def dequantize(self) -> NDArray[np.float32]: ...
     def error(self, source: Any, dtype: str | None = None, name: str = "source") -> dict[str, float]:
         """mean_abs, max_abs, rmse, sqnr_db against the unquantized array of the same shape."""
+    def matmul(
+        self,
+        x: Any,
+        bias: Any = None,
+        *,
+        isa: str | None = None,
+        threads: int | None = None,
+        int8_threshold: float = 6.0,
+        int8_outliers: str = "row",
+    ) -> NDArray[np.float32]:
+        """y = x W^T + bias by the CPU kernels: the bits of matmul_reference; see `linear`. The first
+        call packs the weight and keeps that form beside the standard one."""
     def matmul_reference(
         self,
         x: Any,
@@ -130,3 +142,29 @@ def gumbel(seed: Any, prompt: Any, step: Any, tokens: Any) -> Any:
 
 def philox(counter: Any, key: Any) -> tuple[int, int, int, int]:
     """Philox4x32-10."""
+
+class CpuInfo(TypedDict):
+    model: str
+    features: list[str]
+    isas: list[str]
+    compiled: list[str]
+    default: str
+    threads_available: int
+
+def cpu_info() -> CpuInfo: ...
+def linear(
+    weight: QuantizedTensor,
+    x: Any,
+    bias: Any = None,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+    int8_threshold: float = 6.0,
+    int8_outliers: str = "row",
+) -> NDArray[np.float32]:
+    """y = x W^T + bias, (m, rows) for x float32 (m, cols), (rows,) for (cols,)."""
+
+def linear_name(weight: QuantizedTensor, m: int, *, isa: str | None = None) -> str:
+    """Which kernel multiplies m rows by this weight."""
+
+def pack_roundtrip(weight: QuantizedTensor, /) -> QuantizedTensor: ...

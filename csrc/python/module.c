@@ -62,7 +62,7 @@ static int core_exec(PyObject *module)
         return -1;
     if (qllm_setup_quant(module) < 0 || qllm_setup_sampler(module) < 0 ||
         qllm_setup_logit_stats(module) < 0 ||
-        qllm_setup_device(module) < 0 || qllm_setup_decoder(module) < 0)
+        qllm_setup_cpu(module) < 0 || qllm_setup_decoder(module) < 0)
         return -1;
     return 0;
 }
@@ -94,6 +94,7 @@ static int core_clear(PyObject *module)
 static void core_free(void *module)
 {
     core_clear((PyObject *)module);
+    qllm_free_pools(qllm_state_of((PyObject *)module));
 }
 
 static PyModuleDef_Slot core_slots[] = {

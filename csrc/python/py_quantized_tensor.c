@@ -5,12 +5,14 @@
 #include "core/linear_ref.h"
 #include "core/quant.h"
 #include "python/array.h"
+#include "python/py_cpu.h"
 #include "python/py_quant.h"
 
 typedef struct quantized_tensor {
     PyObject_HEAD
     qllm_qweight weight;
     const char *dtype_name; /* a literal of qllm_dtype_name, or NULL */
+    qllm_packed *packed;    /* for the CPU kernels, made at the first matmul */
 } quantized_tensor;
 
 static const qllm_qweight *weight_of(PyObject *self)
@@ -24,6 +26,11 @@ const qllm_qweight *qllm_quantized_tensor_weight(const qllm_state *state, PyObje
         return weight_of(object);
     PyErr_Format(PyExc_TypeError, "expected a QuantizedTensor, found %s", Py_TYPE(object)->tp_name);
     return NULL;
+}
+
+qllm_packed **qllm_quantized_tensor_packed(PyObject *object)
+{
+    return &((quantized_tensor *)object)->packed;
 }
 
 PyObject *qllm_quantized_tensor_wrap(const qllm_state *state, qllm_qweight *weight,
@@ -47,6 +54,7 @@ static void tensor_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     qllm_qweight_clear(&((quantized_tensor *)self)->weight);
+    qllm_packed_destroy(((quantized_tensor *)self)->packed);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -382,6 +390,11 @@ static PyMethodDef tensor_methods[] = {
     {"error", (PyCFunction)(void (*)(void))tensor_error, KEYWORDS,
      "error($self, source, dtype=None, name='source')\n--\n\n"
      "mean_abs, max_abs, rmse and sqnr_db against the unquantized array of the same shape."},
+    {"matmul", (PyCFunction)(void (*)(void))qllm_quantized_tensor_matmul, KEYWORDS,
+     "matmul($self, x, bias=None, *, isa=None, threads=None, int8_threshold=6.0, "
+     "int8_outliers='row')\n--\n\n"
+     "y = x W^T + bias by the CPU kernels, see qllm._core.linear: the bits of matmul_reference.\n"
+     "The first call packs the weight and keeps that form beside the standard one."},
     {"matmul_reference", (PyCFunction)(void (*)(void))tensor_matmul_reference, KEYWORDS,
      "matmul_reference($self, x, bias=None, threshold=6.0, *, batch_outliers=False)\n--\n\n"
      "y = x W^T + bias by the plain reference in the documented order of summation; x float32\n"

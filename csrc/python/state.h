@@ -15,6 +15,7 @@ typedef struct qllm_state {
     PyObject *base_error;        /* QllmError */
     PyTypeObject *quantized_tensor_type;
     PyTypeObject *decoder_type;
+    struct qllm_pools *pools; /* thread pools, py_cpu.c */
 } qllm_state;
 
 extern PyModuleDef qllm_core_module;
@@ -34,7 +35,10 @@ PyObject *qllm_raise_value(const qllm_state *state, const char *format, ...);
 int qllm_setup_quant(PyObject *module);
 int qllm_setup_sampler(PyObject *module);
 int qllm_setup_logit_stats(PyObject *module);
-int qllm_setup_device(PyObject *module);
+int qllm_setup_cpu(PyObject *module);
 int qllm_setup_decoder(PyObject *module);
+
+/* Ends the threads of the shared pools (py_cpu.c); part of freeing the module. */
+void qllm_free_pools(qllm_state *state);
 
 #endif

@@ -1,0 +1,350 @@
+/* cpu_info, linear, pack_roundtrip: the CPU kernels in Python's hands. */
+#include "python/py_cpu.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/alloc.h"
+#include "core/checked.h"
+#include "core/linear_ref.h"
+#include "cpu/linear.h"
+#include "python/array.h"
+#include "python/py_quant.h"
+
+int qllm_choose_isa(const qllm_state *state, const char *name, qllm_isa *isa)
+{
+    qllm_error error;
+    if (qllm_isa_choose(name != NULL ? name : getenv("QLLM_CPU"), isa, &error) == QLLM_OK)
+        return 0;
+    qllm_raise(state, &error);
+    return -1;
+}
+
+/* One pool for each number of threads that was asked for, kept until the module goes. */
+struct qllm_pools {
+    qllm_threads *threads;
+    struct qllm_pools *next;
+};
+
+qllm_threads *qllm_shared_threads(qllm_state *state, int n)
+{
+    qllm_error error;
+    void *memory;
+    int count;
+    if (qllm_threads_resolve(n, &count, &error) != QLLM_OK) {
+        qllm_raise(state, &error);
+        return NULL;
+    }
+    for (struct qllm_pools *pool = state->pools; pool != NULL; pool = pool->next)
+        if (qllm_threads_count(pool->threads) == count)
+            return pool->threads;
+    if (qllm_alloc(&memory, 1, sizeof(struct qllm_pools), "a thread pool", &error) != QLLM_OK) {
+        qllm_raise(state, &error);
+        return NULL;
+    }
+    struct qllm_pools *pool = memory;
+    if (qllm_threads_create(count, &pool->threads, &error) != QLLM_OK) {
+        qllm_free(pool);
+        qllm_raise(state, &error);
+        return NULL;
+    }
+    pool->next = state->pools;
+    state->pools = pool;
+    return pool->threads;
+}
+
+void qllm_free_pools(qllm_state *state)
+{
+    while (state->pools != NULL) {
+        struct qllm_pools *pool = state->pools;
+        state->pools = pool->next;
+        qllm_threads_destroy(pool->threads);
+        qllm_free(pool);
+    }
+}
+
+static PyObject *isa_list(bool (*belongs)(qllm_isa isa))
+{
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && i < QLLM_ISA_COUNT; i++) {
+        if (!belongs((qllm_isa)i))
+            continue;
+        PyObject *name = PyUnicode_FromString(qllm_isa_name((qllm_isa)i));
+        if (name == NULL || PyList_Append(list, name) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *feature_list(const qllm_cpu_features *f)
+{
+    const struct { const char *name; bool present; } table[] = {
+        {"avx2", f->avx2}, {"fma", f->fma}, {"f16c", f->f16c}, {"avx512f", f->avx512f},
+        {"avx512bw", f->avx512bw}, {"avx512vl", f->avx512vl}, {"avx512dq", f->avx512dq},
+        {"avx512vnni", f->avx512vnni}, {"avx512vbmi", f->avx512vbmi},
+        {"avx512bf16", f->avx512bf16},
+    };
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list != NULL && i < sizeof table / sizeof *table; i++) {
+        PyObject *name = table[i].present ? PyUnicode_FromString(table[i].name) : NULL;
+        if (table[i].present && (name == NULL || PyList_Append(list, name) < 0))
+            Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *py_cpu_info(PyObject *module, PyObject *unused)
+{
+    const qllm_cpu_features *f = qllm_cpu_features_get();
+    qllm_isa isa;
+    (void)unused;
+    if (qllm_choose_isa(qllm_state_of(module), NULL, &isa) < 0)
+        return NULL;
+    return Py_BuildValue("{s:s,s:N,s:N,s:N,s:s,s:i}", "model", f->model, "features",
+                         feature_list(f), "isas", isa_list(qllm_isa_supported), "compiled",
+                         isa_list(qllm_isa_compiled), "default", qllm_isa_name(isa),
+                         "threads_available", qllm_threads_available());
+}
+
+/* What linear and matmul were asked for. */
+typedef struct request {
+    qllm_isa isa;
+    int threads;
+    qllm_linear_options options;
+} request;
+
+static int parse_outliers(const qllm_state *state, const char *text, double threshold,
+                          qllm_linear_options *options)
+{
+    if (isnan(threshold)) {
+        qllm_raise_value(state, "int8_threshold: NaN was given; use 6.0, or 0 for no outliers");
+        return -1;
+    }
+    options->int8_threshold = (float)threshold;
+    options->int8_batch = strcmp(text, "batch") == 0;
+    if (options->int8_batch || strcmp(text, "row") == 0)
+        return 0;
+    qllm_raise_value(state, "int8_outliers: '%s' is unknown; use 'row' (each row on its own) or "
+                     "'batch' (bitsandbytes' form)", text);
+    return -1;
+}
+
+/* None: 0, which stands for QLLM_THREADS or all. */
+static int parse_threads(const qllm_state *state, PyObject *object, int *threads)
+{
+    int64_t n = 0;
+    if (object != Py_None && qllm_parse_int64(state, object, "threads", &n) < 0)
+        return -1;
+    if (object != Py_None && n < 1) {
+        qllm_raise_value(state, "threads: %lld was given; expected 1 or more, or None for all %d "
+                         "available", (long long)n, qllm_threads_available());
+        return -1;
+    }
+    *threads = n < 1000000 ? (int)n : 1000000;
+    return 0;
+}
+
+/* x and bias as arrays: new references, *bias NULL for None. */
+static int parse_inputs(const qllm_state *state, const qllm_qweight *w, PyObject **x,
+                        PyObject **bias)
+{
+    PyObject *x_array = qllm_array_input(state, *x, QLLM_ARRAY_F32, 1, 2, "x"), *bias_array = NULL;
+    if (x_array == NULL)
+        return -1;
+    int64_t cols = qllm_array_dim(x_array, qllm_array_ndim(x_array) - 1);
+    if (cols != w->cols)
+        qllm_raise_value(state, "x: %lld columns, but the weight of shape (%lld, %lld) takes %lld",
+                         (long long)cols, (long long)w->rows, (long long)w->cols,
+                         (long long)w->cols);
+    else if (*bias != Py_None &&
+             (bias_array = qllm_array_input(state, *bias, QLLM_ARRAY_F32, 1, 1, "bias")) != NULL &&
+             qllm_array_size(bias_array) != w->rows)
+        qllm_raise_value(state, "bias: %lld values, but the weight has %lld rows",
+                         (long long)qllm_array_size(bias_array), (long long)w->rows);
+    if (PyErr_Occurred()) {
+        Py_DECREF(x_array);
+        Py_XDECREF(bias_array);
+        return -1;
+    }
+    *x = x_array;
+    *bias = bias_array;
+    return 0;
+}
+
+/* y = x W^T + bias without the GIL; x_array holds m rows. */
+static qllm_status multiply(const qllm_packed *packed, const request *request,
+                            qllm_threads *threads, PyObject *x_array, PyObject *bias, int64_t m,
+                            float *y, qllm_error *error)
+{
+    void *scratch = NULL;
+    int64_t cols = qllm_packed_cols(packed), rows = qllm_packed_rows(packed), bytes = 0;
+    if (qllm_packed_format(packed) == QLLM_FORMAT_INT8)
+        bytes = qllm_cpu_linear_scratch(cols, m);
+    const float *x = qllm_array_data(x_array), *b = bias ? qllm_array_data(bias) : NULL;
+    if (bytes < 0)
+        return qllm_fail(error, QLLM_MEMORY, "x: the int8 form of this input is larger than can be "
+                         "addressed; use a smaller batch");
+    qllm_status status = qllm_alloc(&scratch, bytes, 1, "the int8 form of the input", error);
+    if (status == QLLM_OK)
+        qllm_cpu_linear(threads, qllm_cpu_ops_get(request->isa), packed, b, x, m, cols,
+                        &request->options, scratch, y, rows);
+    qllm_free(scratch);
+    return status;
+}
+
+/* The packed form of a QuantizedTensor, made at first use and kept with it. */
+static const qllm_packed *packed_of(const qllm_state *state, PyObject *object)
+{
+    qllm_packed **slot = qllm_quantized_tensor_packed(object), *packed = NULL;
+    const qllm_qweight *weight = qllm_quantized_tensor_weight(state, object);
+    qllm_error error;
+    qllm_status status;
+    if (*slot != NULL)
+        return *slot;
+    Py_BEGIN_ALLOW_THREADS
+    status = qllm_pack(weight, "the weight", &packed, &error);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK) {
+        qllm_raise(state, &error);
+        return NULL;
+    }
+    if (*slot == NULL) /* another thread may have been faster */
+        *slot = packed;
+    else
+        qllm_packed_destroy(packed);
+    return *slot;
+}
+
+static PyObject *linear(qllm_state *state, PyObject *object, const request *request, PyObject *x,
+                        PyObject *bias)
+{
+    const qllm_qweight *w = qllm_quantized_tensor_weight(state, object);
+    PyObject *result = NULL;
+    qllm_threads *threads = NULL;
+    qllm_error error;
+    qllm_status status;
+    void *y;
+    if (w == NULL || parse_inputs(state, w, &x, &bias) < 0)
+        return NULL;
+    const qllm_packed *packed = packed_of(state, object);
+    int two = qllm_array_ndim(x) == 2;
+    int64_t m = two ? qllm_array_dim(x, 0) : 1, shape[2] = {m, w->rows};
+    if (packed != NULL)
+        threads = qllm_shared_threads(state, request->threads);
+    if (threads != NULL)
+        result = qllm_array_new(QLLM_ARRAY_F32, two ? 2 : 1, two ? shape : shape + 1, &y);
+    if (result != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        status = multiply(packed, request, threads, x, bias, m, y, &error);
+        Py_END_ALLOW_THREADS
+        if (status != QLLM_OK) {
+            Py_CLEAR(result);
+            qllm_raise(state, &error);
+        }
+    }
+    Py_DECREF(x);
+    Py_XDECREF(bias);
+    return result;
+}
+
+static PyObject *parse_and_run(qllm_state *state, PyObject *weight, PyObject *args,
+                               PyObject *kwargs)
+{
+    static char *method_names[] = {"x", "bias", "isa", "threads", "int8_threshold",
+                                   "int8_outliers", NULL};
+    static char *function_names[] = {"weight", "x", "bias", "isa", "threads", "int8_threshold",
+                                     "int8_outliers", NULL};
+    PyObject *x, *bias = Py_None, *threads = Py_None;
+    const char *isa = NULL, *outliers = "row";
+    double threshold = (double)QLLM_INT8_THRESHOLD;
+    request request;
+    int ok = weight != NULL
+        ? PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$zOds:matmul", method_names, &x, &bias,
+                                      &isa, &threads, &threshold, &outliers)
+        : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$zOds:linear", function_names, &weight,
+                                      &x, &bias, &isa, &threads, &threshold, &outliers);
+    if (!ok || qllm_choose_isa(state, isa, &request.isa) < 0 ||
+        parse_threads(state, threads, &request.threads) < 0 ||
+        parse_outliers(state, outliers, threshold, &request.options) < 0)
+        return NULL;
+    return linear(state, weight, &request, x, bias);
+}
+
+PyObject *qllm_quantized_tensor_matmul(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    return parse_and_run(qllm_state_of_type(Py_TYPE(self)), self, args, kwargs);
+}
+
+static PyObject *py_linear(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    return parse_and_run(qllm_state_of(module), NULL, args, kwargs);
+}
+
+static PyObject *py_linear_name(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"weight", "m", "isa", NULL};
+    const qllm_state *state = qllm_state_of(module);
+    const char *isa_name = NULL;
+    PyObject *object;
+    long long m;
+    qllm_isa isa;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|$z:linear_name", names, &object, &m,
+                                     &isa_name) ||
+        qllm_choose_isa(state, isa_name, &isa) < 0 ||
+        qllm_quantized_tensor_weight(state, object) == NULL)
+        return NULL;
+    const qllm_packed *packed = packed_of(state, object);
+    return packed ? PyUnicode_FromString(qllm_cpu_ops_get(isa)->linear_name(packed, m)) : NULL;
+}
+
+static PyObject *py_pack_roundtrip(PyObject *module, PyObject *object)
+{
+    const qllm_state *state = qllm_state_of(module);
+    const qllm_qweight *weight = qllm_quantized_tensor_weight(state, object);
+    qllm_packed *packed = NULL;
+    qllm_qweight copy;
+    qllm_error error;
+    qllm_status status;
+    if (weight == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = qllm_pack(weight, "the weight", &packed, &error);
+    if (status == QLLM_OK)
+        status = qllm_unpack(packed, &copy, &error);
+    qllm_packed_destroy(packed);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK)
+        return qllm_raise(state, &error);
+    return qllm_quantized_tensor_wrap(state, &copy, NULL);
+}
+
+#define KEYWORDS METH_VARARGS | METH_KEYWORDS
+
+static PyMethodDef functions[] = {
+    {"cpu_info", py_cpu_info, METH_NOARGS,
+     "cpu_info($module, /)\n--\n\n"
+     "model: the processor's name; features: those that the kernels ask about; isas: instruction\n"
+     "sets that can be chosen here; compiled: those of this build; default: the one that is used\n"
+     "(QLLM_CPU, or the best); threads_available: processors this process may use."},
+    {"linear", (PyCFunction)(void (*)(void))py_linear, KEYWORDS,
+     "linear($module, weight, x, bias=None, *, isa=None, threads=None, int8_threshold=6.0, "
+     "int8_outliers='row')\n--\n\n"
+     "y = x W^T + bias, float32 (m, rows) for x float32 (m, cols), or (rows,) for (cols,), with\n"
+     "the kernels of an instruction set (None: QLLM_CPU, or the best) and a number of threads\n"
+     "(None: QLLM_THREADS, or all).  The bits depend on neither.  int8: |x| >= int8_threshold are\n"
+     "outliers, taken row by row or, with 'batch', by columns of the whole x as bitsandbytes does."},
+    {"linear_name", (PyCFunction)(void (*)(void))py_linear_name, KEYWORDS,
+     "linear_name($module, weight, m, *, isa=None)\n--\n\n"
+     "Which kernel multiplies m rows by this weight."},
+    {"pack_roundtrip", py_pack_roundtrip, METH_O,
+     "pack_roundtrip($module, weight, /)\n--\n\n"
+     "The weight, packed for the CPU kernels and unpacked again: equal bit for bit."},
+    {NULL, NULL, 0, NULL},
+};
+
+int qllm_setup_cpu(PyObject *module)
+{
+    return PyModule_AddFunctions(module, functions);
+}

@@ -1,0 +1,20 @@
+/* The CPU kernels for the other files of the extension. */
+#ifndef QLLM_PYTHON_PY_CPU_H
+#define QLLM_PYTHON_PY_CPU_H
+
+#include "cpu/features.h"
+#include "cpu/threads.h"
+#include "python/state.h"
+
+/* The set of `name`, or of QLLM_CPU from the environment when it is NULL, or else the best one; 0,
+ * or -1 with an exception. */
+int qllm_choose_isa(const qllm_state *state, const char *name, qllm_isa *isa);
+
+/* The pool of n threads that all functions of the extension share (n as in qllm_threads_create);
+ * it lives as long as the module.  NULL with an exception.  The GIL is held. */
+qllm_threads *qllm_shared_threads(qllm_state *state, int n);
+
+/* QuantizedTensor.matmul: arguments as in _core.linear without the weight. */
+PyObject *qllm_quantized_tensor_matmul(PyObject *self, PyObject *args, PyObject *kwargs);
+
+#endif
