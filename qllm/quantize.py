@@ -78,5 +78,9 @@ def _from_torch(array: Any, dtype: str | None, name: str) -> tuple[Any, str | No
         raise QllmValueError(f"{name}: the tensor is on {array.device}; pass tensor.cpu()")
     array = array.detach()
     if array.dtype == torch.bfloat16:
-        return array.view(torch.int16).numpy().view(np.uint16), dtype or "bfloat16"
+        if dtype not in (None, "bfloat16"):
+            raise QllmValueError(
+                f"{name}: dtype is said to be {dtype!r} but the tensor holds bfloat16"
+            )
+        return array.view(torch.int16).numpy().view(np.uint16), "bfloat16"
     return array.numpy(), dtype

@@ -113,18 +113,29 @@ static void fill_tables(qllm_qweight *weight)
         memcpy(weight->nested_code, qllm_dynamic_map, sizeof weight->nested_code);
 }
 
+qllm_status qllm_qweight_describe(qllm_qweight *weight, qllm_format format, int64_t rows,
+                                  int64_t cols, int64_t blocksize, const char *name,
+                                  qllm_error *error)
+{
+    *weight = (qllm_qweight){.format = format, .rows = rows, .cols = cols, .blocksize = blocksize};
+    if (check_sizes(weight, name, error) != QLLM_OK) {
+        qllm_qweight_clear(weight);
+        return QLLM_VALUE;
+    }
+    if (!qllm_format_is_4bit(format))
+        weight->blocksize = 0;
+    data_bytes(format, rows * cols, &weight->data_bytes);
+    fill_tables(weight);
+    return QLLM_OK;
+}
+
 qllm_status qllm_qweight_init(qllm_qweight *weight, qllm_format format, int64_t rows, int64_t cols,
                               int64_t blocksize, const char *name, qllm_error *error)
 {
-    *weight = (qllm_qweight){.format = format, .rows = rows, .cols = cols, .blocksize = blocksize};
-    qllm_status status = check_sizes(weight, name, error);
-    if (status == QLLM_OK) {
-        if (!qllm_format_is_4bit(format))
-            weight->blocksize = 0;
-        data_bytes(format, rows * cols, &weight->data_bytes);
-        fill_tables(weight);
+    qllm_status status =
+        qllm_qweight_describe(weight, format, rows, cols, blocksize, name, error);
+    if (status == QLLM_OK)
         status = allocate(weight, error);
-    }
     if (status != QLLM_OK)
         qllm_qweight_clear(weight);
     return status;

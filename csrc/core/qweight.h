@@ -74,6 +74,11 @@ typedef struct qllm_qweight {
 qllm_status qllm_qweight_init(qllm_qweight *weight, qllm_format format, int64_t rows, int64_t cols,
                               int64_t blocksize, const char *name, qllm_error *error);
 
+/* The same without the arrays, which stay NULL: to compare sizes before memory is taken. */
+qllm_status qllm_qweight_describe(qllm_qweight *weight, qllm_format format, int64_t rows,
+                                  int64_t cols, int64_t blocksize, const char *name,
+                                  qllm_error *error);
+
 /* Frees the arrays and empties the struct. */
 void qllm_qweight_clear(qllm_qweight *weight);
 

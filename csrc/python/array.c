@@ -42,6 +42,9 @@ static const char *kind_name(qllm_array_kind kind)
 static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int sequences_too,
                             const char *name)
 {
+    if (PyArray_Check(object) && PyObject_HasAttrString(object, "mask"))
+        return qllm_raise_value(state, "%s: a masked array was given; fill the gaps with "
+                                "array.filled(value)", name);
     if (PyArray_Check(object))
         return Py_NewRef(object);
     int has_array = PyObject_HasAttrString(object, "__array__");
@@ -69,6 +72,9 @@ static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int seque
         }
         return array;
     }
+    if (PyObject_HasAttrString(object, "__dlpack__"))
+        return qllm_raise_value(state, "%s: expected a NumPy array, found %s; pass "
+                                "numpy.from_dlpack(...) of it", name, Py_TYPE(object)->tp_name);
     return qllm_raise_value(state, "%s: expected a NumPy array, found %s", name,
                             Py_TYPE(object)->tp_name);
 }

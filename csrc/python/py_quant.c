@@ -68,56 +68,108 @@ static PyObject *core_quantize(PyObject *module, PyObject *args, PyObject *kwarg
 
 /* quantized_from_parts ------------------------------------------------------------------------- */
 
+/* Arguments; the parts are borrowed objects that check_parts replaces by arrays which it owns. */
+enum { PACKED, ABSMAX, ABSMAX_CODES, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, SCB, PART_COUNT };
+
+static const char *const part_names[PART_COUNT] = {
+    "packed", "absmax", "absmax_codes", "nested_absmax", "nested_quant_map", "quant_map", "scb",
+};
+
 typedef struct parts {
-    PyObject *shape, *packed, *blocksize, *absmax, *absmax_codes, *nested_absmax, *nested_quant_map,
-        *offset, *quant_map, *scb;
+    PyObject *shape, *blocksize, *offset;
+    PyObject *given[PART_COUNT];  /* borrowed; None for a part that is not given */
+    PyObject *arrays[PART_COUNT]; /* owned; NULL for a part that is not given */
     const char *format, *dtype_name, *name;
     int allow_nonfinite;
 } parts;
 
-static void copy_without_gil(void *to, const void *from, int64_t bytes)
+/* Elements and destination of each part; has is 0 for one that the format does not have. */
+typedef struct slot {
+    int has, optional;
+    qllm_array_kind kind;
+    int64_t n, size;
+    void *to;
+} slot;
+
+static void describe_slots(qllm_qweight *w, slot slots[PART_COUNT])
 {
-    if (bytes <= 0)
-        return;
-    Py_BEGIN_ALLOW_THREADS
-    memcpy(to, from, (size_t)bytes);
-    Py_END_ALLOW_THREADS
+    int four = qllm_format_is_4bit(w->format), nested = qllm_format_is_nested(w->format);
+    int int8 = w->format == QLLM_FORMAT_INT8;
+    int64_t blocks = qllm_qweight_blocks(w), groups = qllm_qweight_nested_blocks(w);
+    slots[PACKED] = (slot){1, 0, int8 ? QLLM_ARRAY_I8 : QLLM_ARRAY_U8, w->data_bytes, 1, w->data};
+    slots[ABSMAX] = (slot){four && !nested, 0, QLLM_ARRAY_F32, blocks, 4, w->absmax};
+    slots[ABSMAX_CODES] = (slot){nested, 0, QLLM_ARRAY_U8, blocks, 1, w->absmax_codes};
+    slots[NESTED_ABSMAX] = (slot){nested, 0, QLLM_ARRAY_F32, groups, 4, w->nested_absmax};
+    slots[NESTED_QUANT_MAP] = (slot){nested, 1, QLLM_ARRAY_F32, 256, 4, w->nested_code};
+    slots[QUANT_MAP] = (slot){four, 1, QLLM_ARRAY_F32, 16, 4, w->code};
+    slots[SCB] = (slot){int8, 0, QLLM_ARRAY_F32, blocks, 4, w->absmax};
 }
 
-/* Copies `object`, an array of n elements of `kind`, to `to`. */
-static int take(const qllm_state *state, const parts *p, PyObject *object, const char *field,
-                qllm_array_kind kind, int64_t n, int64_t size, void *to)
+/* A part that the format has must be there (the tables may be left out: then they are the standard
+ * ones), any other must be None. */
+static int check_presence(const qllm_state *state, const parts *p, const char *field,
+                          PyObject *object, int has, int optional)
 {
-    char label[256];
-    PyOS_snprintf(label, sizeof label, "%.200s.%s", p->name, field);
-    PyObject *array = qllm_array_input(state, object, kind, 1, 2, label);
-    if (array == NULL)
-        return -1;
-    if (qllm_array_size(array) == n)
-        copy_without_gil(to, qllm_array_data(array), n * size);
+    int given = object != Py_None;
+    if (has && !given && !optional)
+        qllm_raise_value(state, "%s: format %s needs %s", p->name, p->format, field);
+    else if (!has && given)
+        qllm_raise_value(state, "%s: format %s has no %s", p->name, p->format, field);
     else
-        qllm_raise_value(state, "%s: %lld elements, but format %s of this shape takes %lld", label,
-                         (long long)qllm_array_size(array), p->format, (long long)n);
-    Py_DECREF(array);
-    return PyErr_Occurred() ? -1 : 0;
+        return 0;
+    return -1;
 }
 
-static int take_values(const qllm_state *state, const parts *p, qllm_qweight *weight)
+/* Part number i must have n elements; a matrix of values or of int8 codes must also have the right
+ * shape. */
+static int check_size(const qllm_state *state, const parts *p, const qllm_qweight *weight, int i,
+                      int64_t n, const char *label)
 {
+    PyObject *array = p->arrays[i];
+    int64_t found = qllm_array_size(array), expected = n;
+    if (i == PACKED && !qllm_format_is_4bit(weight->format)) {
+        expected = weight->rows * weight->cols;
+        if (qllm_array_ndim(array) == 2 && (qllm_array_dim(array, 0) != weight->rows ||
+                                            qllm_array_dim(array, 1) != weight->cols)) {
+            qllm_raise_value(state, "%s: shape (%lld, %lld), but the weight has shape (%lld, %lld)",
+                             label, (long long)qllm_array_dim(array, 0),
+                             (long long)qllm_array_dim(array, 1), (long long)weight->rows,
+                             (long long)weight->cols);
+            return -1;
+        }
+    }
+    if (found == expected)
+        return 0;
+    qllm_raise_value(state, "%s: %lld elements, but format %s of shape (%lld, %lld) takes %lld",
+                     label, (long long)found, p->format, (long long)weight->rows,
+                     (long long)weight->cols, (long long)expected);
+    return -1;
+}
+
+/* Fills p->arrays with arrays whose dtypes and sizes are those that `weight` describes. */
+static int check_parts(const qllm_state *state, parts *p, qllm_qweight *weight)
+{
+    slot slots[PART_COUNT];
+    qllm_tensor values;
     char label[256];
-    qllm_tensor tensor;
-    qllm_dtype dtype = qllm_format_dtype(weight->format);
-    PyOS_snprintf(label, sizeof label, "%.200s.packed", p->name);
-    PyObject *array = qllm_array_tensor(state, p->packed, qllm_dtype_name(dtype), label, &tensor);
-    if (array == NULL)
-        return -1;
-    if (tensor.nbytes == weight->data_bytes)
-        copy_without_gil(weight->data, tensor.data, tensor.nbytes);
-    else
-        qllm_raise_value(state, "%s: %lld bytes, but format %s of this shape takes %lld", label,
-                         (long long)tensor.nbytes, p->format, (long long)weight->data_bytes);
-    Py_DECREF(array);
-    return PyErr_Occurred() ? -1 : 0;
+    describe_slots(weight, slots);
+    for (int i = 0; i < PART_COUNT; i++) {
+        if (check_presence(state, p, part_names[i], p->given[i], slots[i].has,
+                           slots[i].optional) < 0)
+            return -1;
+        if (p->given[i] == Py_None)
+            continue;
+        PyOS_snprintf(label, sizeof label, "%.200s.%s", p->name, part_names[i]);
+        if (i == PACKED && qllm_format_is_float(weight->format))
+            p->arrays[i] = qllm_array_tensor(
+                state, p->given[i], qllm_dtype_name(qllm_format_dtype(weight->format)), label,
+                &values);
+        else
+            p->arrays[i] = qllm_array_input(state, p->given[i], slots[i].kind, 1, 2, label);
+        if (p->arrays[i] == NULL || check_size(state, p, weight, i, slots[i].n, label) < 0)
+            return -1;
+    }
+    return check_presence(state, p, "offset", p->offset, qllm_format_is_nested(weight->format), 0);
 }
 
 static int take_offset(const qllm_state *state, const parts *p, qllm_qweight *weight)
@@ -133,75 +185,23 @@ static int take_offset(const qllm_state *state, const parts *p, qllm_qweight *we
     return 0;
 }
 
-/* Every part that the format has must be there (the tables may be left out: then they are the
- * standard ones), every other must be None. */
-static int check_presence(const qllm_state *state, const parts *p, qllm_format format)
-{
-    int four = qllm_format_is_4bit(format), nested = qllm_format_is_nested(format);
-    const struct {
-        const char *field;
-        PyObject *object;
-        int has, optional;
-    } table[] = {
-        {"blocksize", p->blocksize, four, 0},
-        {"absmax", p->absmax, four && !nested, 0},
-        {"absmax_codes", p->absmax_codes, nested, 0},
-        {"nested_absmax", p->nested_absmax, nested, 0},
-        {"nested_quant_map", p->nested_quant_map, nested, 1},
-        {"offset", p->offset, nested, 0},
-        {"quant_map", p->quant_map, four, 1},
-        {"scb", p->scb, format == QLLM_FORMAT_INT8, 0},
-    };
-    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
-        int given = table[i].object != Py_None;
-        if (table[i].has && !given && !table[i].optional) {
-            qllm_raise_value(state, "%s: format %s needs %s", p->name, p->format, table[i].field);
-            return -1;
-        }
-        if (!table[i].has && given) {
-            qllm_raise_value(state, "%s: format %s has no %s", p->name, p->format, table[i].field);
-            return -1;
-        }
-    }
-    return 0;
-}
-
-static int take_scales(const qllm_state *state, const parts *p, qllm_qweight *weight)
-{
-    int64_t blocks = qllm_qweight_blocks(weight), nested = qllm_qweight_nested_blocks(weight);
-    if (weight->format == QLLM_FORMAT_INT8)
-        return take(state, p, p->scb, "scb", QLLM_ARRAY_F32, blocks, 4, weight->absmax);
-    if (p->quant_map != Py_None &&
-        take(state, p, p->quant_map, "quant_map", QLLM_ARRAY_F32, 16, 4, weight->code) < 0)
-        return -1;
-    if (!qllm_format_is_nested(weight->format))
-        return take(state, p, p->absmax, "absmax", QLLM_ARRAY_F32, blocks, 4, weight->absmax);
-    if (p->nested_quant_map != Py_None &&
-        take(state, p, p->nested_quant_map, "nested_quant_map", QLLM_ARRAY_F32, 256, 4,
-             weight->nested_code) < 0)
-        return -1;
-    if (take(state, p, p->absmax_codes, "absmax_codes", QLLM_ARRAY_U8, blocks, 1,
-             weight->absmax_codes) < 0 ||
-        take(state, p, p->nested_absmax, "nested_absmax", QLLM_ARRAY_F32, nested, 4,
-             weight->nested_absmax) < 0)
-        return -1;
-    return take_offset(state, p, weight);
-}
-
+/* Copies the checked parts into the arrays of `weight`, then checks the copies: nobody can change
+ * those meanwhile. */
 static int fill_weight(const qllm_state *state, const parts *p, qllm_qweight *weight)
 {
+    slot slots[PART_COUNT];
+    const void *from[PART_COUNT];
     qllm_error error;
     qllm_status status;
-    if (qllm_format_is_float(weight->format)) {
-        if (take_values(state, p, weight) < 0)
-            return -1;
-    } else {
-        qllm_array_kind kind = weight->format == QLLM_FORMAT_INT8 ? QLLM_ARRAY_I8 : QLLM_ARRAY_U8;
-        if (take(state, p, p->packed, "packed", kind, weight->data_bytes, 1, weight->data) < 0 ||
-            take_scales(state, p, weight) < 0)
-            return -1;
-    }
+    describe_slots(weight, slots);
+    for (int i = 0; i < PART_COUNT; i++)
+        from[i] = p->arrays[i] != NULL ? qllm_array_data(p->arrays[i]) : NULL;
+    if (p->offset != Py_None && take_offset(state, p, weight) < 0)
+        return -1;
     Py_BEGIN_ALLOW_THREADS
+    for (int i = 0; i < PART_COUNT; i++)
+        if (from[i] != NULL && slots[i].n > 0)
+            memcpy(slots[i].to, from[i], (size_t)(slots[i].n * slots[i].size));
     status = qllm_qweight_check(weight, p->allow_nonfinite, p->name, &error);
     Py_END_ALLOW_THREADS
     if (status != QLLM_OK)
@@ -235,36 +235,50 @@ static int check_dtype_name(const qllm_state *state, const parts *p)
     return -1;
 }
 
+/* The tensor from parsed arguments; p->arrays are left for the caller to release. */
+static PyObject *make_from_parts(const qllm_state *state, parts *p)
+{
+    qllm_format format;
+    int64_t rows, cols, blocksize = 0;
+    qllm_qweight weight;
+    qllm_error error;
+    if (parse_format(state, p->format, &format) < 0 ||
+        parse_shape(state, p->shape, &rows, &cols) < 0 || check_dtype_name(state, p) < 0 ||
+        check_presence(state, p, "blocksize", p->blocksize, qllm_format_is_4bit(format), 0) < 0 ||
+        (p->blocksize != Py_None &&
+         qllm_parse_int64(state, p->blocksize, "blocksize", &blocksize) < 0))
+        return NULL;
+    if (qllm_qweight_describe(&weight, format, rows, cols, blocksize, p->name, &error) != QLLM_OK)
+        return qllm_raise(state, &error);
+    if (check_parts(state, p, &weight) < 0)
+        return NULL;
+    if (qllm_qweight_init(&weight, format, rows, cols, blocksize, p->name, &error) != QLLM_OK)
+        return qllm_raise(state, &error);
+    if (fill_weight(state, p, &weight) < 0) {
+        qllm_qweight_clear(&weight);
+        return NULL;
+    }
+    return qllm_quantized_tensor_wrap(state, &weight, p->dtype_name);
+}
+
 static PyObject *core_quantized_from_parts(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"format", "shape", "packed", "blocksize", "absmax", "absmax_codes",
                             "nested_absmax", "nested_quant_map", "offset", "quant_map", "scb",
                             "dtype_name", "name", "allow_nonfinite", NULL};
-    const qllm_state *state = qllm_state_of(module);
-    parts p = {NULL, NULL, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None, Py_None,
-               NULL, NULL, "weight", 0};
-    qllm_format format;
-    int64_t rows, cols, blocksize = 0;
-    qllm_qweight weight;
-    qllm_error error;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOO|$OOOOOOOOzsp:quantized_from_parts", names,
-                                     &p.format, &p.shape, &p.packed, &p.blocksize, &p.absmax,
-                                     &p.absmax_codes, &p.nested_absmax, &p.nested_quant_map,
-                                     &p.offset, &p.quant_map, &p.scb, &p.dtype_name, &p.name,
-                                     &p.allow_nonfinite) ||
-        parse_format(state, p.format, &format) < 0 ||
-        parse_shape(state, p.shape, &rows, &cols) < 0 || check_dtype_name(state, &p) < 0 ||
-        check_presence(state, &p, format) < 0 ||
-        (p.blocksize != Py_None &&
-         qllm_parse_int64(state, p.blocksize, "blocksize", &blocksize) < 0))
+    parts p = {.blocksize = Py_None, .offset = Py_None, .name = "weight"};
+    for (int i = 0; i < PART_COUNT; i++)
+        p.given[i] = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "sOO|$OOOOOOOOzsp:quantized_from_parts", names, &p.format, &p.shape,
+            &p.given[PACKED], &p.blocksize, &p.given[ABSMAX], &p.given[ABSMAX_CODES],
+            &p.given[NESTED_ABSMAX], &p.given[NESTED_QUANT_MAP], &p.offset, &p.given[QUANT_MAP],
+            &p.given[SCB], &p.dtype_name, &p.name, &p.allow_nonfinite))
         return NULL;
-    if (qllm_qweight_init(&weight, format, rows, cols, blocksize, p.name, &error) != QLLM_OK)
-        return qllm_raise(state, &error);
-    if (fill_weight(state, &p, &weight) < 0) {
-        qllm_qweight_clear(&weight);
-        return NULL;
-    }
-    return qllm_quantized_tensor_wrap(state, &weight, p.dtype_name);
+    PyObject *result = make_from_parts(qllm_state_of(module), &p);
+    for (int i = 0; i < PART_COUNT; i++)
+        Py_XDECREF(p.arrays[i]);
+    return result;
 }
 
 /* tables and hooks ----------------------------------------------------------------------------- */
