@@ -19,7 +19,8 @@ FORMATS = ("f32", "f16", "bf16", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Weights that share one absmax in the 4-bit formats."""
 
-_NESTED_BLOCKSIZE = 256
+NESTED_BLOCKSIZE = 256
+"""Absmax values that share one second-level absmax in the -dq formats."""
 
 
 def quantize(
@@ -35,8 +36,8 @@ def quantize(
 
     `array` holds float32, float16 or bfloat16: a NumPy array, an object with `__array__` or a
     buffer, or a torch tensor on the CPU. bfloat16 comes as ml_dtypes' bfloat16, as a torch tensor,
-    or as its bits in uint16 with dtype="bfloat16". Any layout is accepted; read-only views of mapped
-    files are read in place.
+    or as its bits in uint16 with dtype="bfloat16". Contiguous arrays, views of mapped files among
+    them, are read in place; other layouts, broadcast views too, are copied first.
 
     `blocksize`, one of `BLOCKSIZES`, is used by the 4-bit formats only.
 
@@ -64,7 +65,7 @@ def bits_per_weight(format: str, blocksize: int = 64) -> float:
             f"blocksize: {blocksize!r} was given for {format}; it must be a power of two from "
             f"{BLOCKSIZES[0]} to {BLOCKSIZES[-1]}"
         )
-    scale = 8.0 + 32.0 / _NESTED_BLOCKSIZE if format.endswith("-dq") else 32.0
+    scale = 8.0 + 32.0 / NESTED_BLOCKSIZE if format.endswith("-dq") else 32.0
     return 4.0 + scale / blocksize
 
 

@@ -174,6 +174,24 @@ def test_nested_states_read_back(quant_type, blocksize):
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bitsandbytes_reads_our_nested_states(quant_type):
+    w = f32(np.random.default_rng(15).standard_normal((512, 520)) * np.linspace(0.01, 3, 520))
+    q = qllm.quantize(w, quant_type + "-dq")
+    entries = bnb.state_dict_entries("layer", q)
+    prefix = "layer.weight."
+    stored = {
+        key.removeprefix(prefix): torch.from_numpy(value.copy())
+        for key, value in entries.items()
+        if key.startswith(prefix)
+    }
+    state = functional.QuantState.from_dict(stored, torch.device("cpu"))
+    assert state.nested and tuple(state.shape) == q.shape and state.quant_type == quant_type
+    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    expected = q.quant_map[codes(q)] * np.repeat(absmax.numpy(), 64)[: w.size]
+    np.testing.assert_array_equal(q.dequantize().reshape(-1), expected)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_our_nested_codes_are_the_nearest(quant_type):
     w = f32(np.random.default_rng(3).standard_t(4, (700, 640)))
     plain, q = qllm.quantize(w, quant_type), qllm.quantize(w, quant_type + "-dq")
@@ -329,7 +347,8 @@ def test_zero_blocks():
         np.testing.assert_array_equal(q.dequantize(), w)
     np.testing.assert_array_equal(qllm.quantize(w, "int8").dequantize()[1:], 0)
     for name in ("nf4-dq", "fp4-dq"):
-        np.testing.assert_array_equal(qllm.quantize(np.zeros((4, 64), np.float32), name).dequantize(), 0)
+        zeros = np.zeros((4, 64), np.float32)
+        np.testing.assert_array_equal(qllm.quantize(zeros, name).dequantize(), 0)
         np.testing.assert_array_equal(qllm.quantize(w, name).dequantize()[1:], 0)
 
 

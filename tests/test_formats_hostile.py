@@ -145,7 +145,7 @@ def test_offset():
 
 def test_int8_contents():
     codes = parts("int8")["packed"]
-    with pytest.raises(QllmValueError, match="layer.7: scb is 0 for row 2, whose codes are not all"):
+    with pytest.raises(QllmValueError, match="layer.7: scb is 0 for row 2, whose codes"):
         build("int8", scb=with_value(parts("int8")["scb"], 2, 0))
     codes[2] = 0
     build("int8", packed=codes, scb=with_value(parts("int8")["scb"], 2, 0))
@@ -301,7 +301,7 @@ def test_values_beyond_the_range_of_a_float_format():
     w[3, 9] = np.nextafter(np.float32(65520), np.float32(0))
     assert qllm.quantize(w, "f16").packed[3, 9] == 65504
     w[5, 99] = np.finfo(np.float32).max
-    with pytest.raises(QllmValueError, match="row 5, column 99 is beyond the range of bf16; use f32"):
+    with pytest.raises(QllmValueError, match="row 5, column 99 is beyond .* bf16; use f32"):
         qllm.quantize(w, "bf16")
 
 
@@ -336,7 +336,7 @@ class BadProvider:
         (matrix().astype(np.float64), "expected float32, float16 or bfloat16 .*found float64"),
         (matrix().astype(np.int32), "expected float32, float16 or bfloat16 .*found int32"),
         (matrix().astype(np.complex64), "expected float32, .*found complex64"),
-        (matrix().astype(np.uint16), "expected float32, .*uint16 with dtype=.bfloat16.*found uint16"),
+        (matrix().astype(np.uint16), "expected .*uint16 with dtype=.bfloat16.*found uint16"),
         (matrix().astype(">f4"), "dtype .* has the other byte order; convert it with"),
         (matrix().astype(object), "expected float32, .*found object"),
         (np.array(["a"]), "expected float32, .*found str"),
@@ -372,7 +372,7 @@ def test_dtype_that_is_not_that_of_the_array():
         qllm.quantize(matrix(), "nf4", dtype="bfloat16")
     with pytest.raises(QllmValueError, match="found uint16"):
         qllm.quantize(matrix().astype(np.uint16), "nf4", dtype="float32")
-    with pytest.raises(QllmValueError, match="layer.7.packed: .*'float16' but the array holds float32"):
+    with pytest.raises(QllmValueError, match="layer.7.packed: .*'float16' but .* float32"):
         build("f16", packed=matrix())
 
 
@@ -409,7 +409,7 @@ def test_broadcast_views_are_copied():
 
 def test_source_of_another_shape():
     q = qllm.quantize(matrix(), "nf4")
-    with pytest.raises(QllmValueError, match=r"source: shape \(6, 99\) does not match .*\(6, 100\)"):
+    with pytest.raises(QllmValueError, match=r"source: shape \(6, 99\) does not match"):
         q.error(matrix()[:, :99])
     assert q.error(matrix(), name="up")["max_abs"] > 0
     with pytest.raises(QllmValueError, match=r"up: shape"):
@@ -450,7 +450,8 @@ def test_one_tensor_in_many_threads():
 
     def work():
         for _ in range(5):
-            if (q.dequantize() != expected[0]).any() or (q.matmul_reference(x) != expected[1]).any():
+            results = q.dequantize(), q.matmul_reference(x)
+            if any((a != b).any() for a, b in zip(results, expected)):
                 failures.append(1)
             q.packed, q.nested_absmax, repr(q)
 

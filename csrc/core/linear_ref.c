@@ -9,6 +9,12 @@
 #include "core/codebook.h"
 #include "core/quant.h"
 
+static float block_absmax(const qllm_qweight *weight, int64_t block)
+{
+    return qllm_format_is_nested(weight->format) ? qllm_nested_absmax_at(weight, block)
+                                                 : weight->absmax[block];
+}
+
 /* One row of W as the sum takes it: w (cols), and one scale for each group. */
 static void decode_row(const qllm_qweight *weight, int64_t row, float *w, float *scales)
 {
@@ -21,12 +27,8 @@ static void decode_row(const qllm_qweight *weight, int64_t row, float *w, float 
         uint8_t byte = weight->data[i / 2];
         w[k] = weight->code[i % 2 == 0 ? byte >> 4 : byte & 15];
     }
-    for (int64_t k = 0, group = 0; k < cols; k += QLLM_GROUP, group++) {
-        int64_t block = by_block ? (first + k) / weight->blocksize : 0;
-        scales[group] = !by_block                               ? 1.0f
-                        : qllm_format_is_nested(weight->format) ? qllm_nested_absmax_at(weight, block)
-                                                                : weight->absmax[block];
-    }
+    for (int64_t k = 0, group = 0; k < cols; k += QLLM_GROUP, group++)
+        scales[group] = by_block ? block_absmax(weight, (first + k) / weight->blocksize) : 1.0f;
 }
 
 static float dot(const float *w, const float *scales, const float *x, int64_t cols)
@@ -82,9 +84,9 @@ static qllm_status make_scratch(const qllm_qweight *weight, int8_scratch *scratc
     void *memory;
     *scratch = (int8_scratch){NULL, NULL, 0};
     if (weight->cols > QLLM_INT8_MAX_COLS)
-        return qllm_fail(error, QLLM_UNSUPPORTED, "an int8 weight of %" PRId64 " columns was given; "
-                         "the exact int32 sum holds at most %d: use another format", weight->cols,
-                         QLLM_INT8_MAX_COLS);
+        return qllm_fail(error, QLLM_UNSUPPORTED, "an int8 weight of %" PRId64 " columns was "
+                         "given; the exact int32 sum holds at most %d: use another format",
+                         weight->cols, QLLM_INT8_MAX_COLS);
     qllm_status status = qllm_alloc(&memory, weight->cols, 1, "a row of int8 inputs", error);
     if (status != QLLM_OK)
         return status;
@@ -133,8 +135,8 @@ static qllm_status linear_int8(const qllm_qweight *weight, const float *bias, co
     return QLLM_OK;
 }
 
-qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const float *x, int64_t m,
-                            float threshold, float *y, qllm_error *error)
+qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const float *x,
+                            int64_t m, float threshold, float *y, qllm_error *error)
 {
     if (weight->format == QLLM_FORMAT_INT8)
         return linear_int8(weight, bias, x, m, threshold, y, error);
@@ -161,8 +163,8 @@ qllm_status qllm_linear_int8_batch(const qllm_qweight *weight, const float *bias
     void *memory;
     int64_t cols = weight->cols;
     if (weight->format != QLLM_FORMAT_INT8)
-        return qllm_fail(error, QLLM_VALUE, "outlier columns of a batch exist for int8 only, not for "
-                         "%s", qllm_format_name(weight->format));
+        return qllm_fail(error, QLLM_VALUE, "outlier columns of a batch exist for int8 only, not "
+                         "for %s", qllm_format_name(weight->format));
     qllm_status status = make_scratch(weight, &scratch, error);
     if (status != QLLM_OK)
         return status;

@@ -8,8 +8,8 @@
  *   every other float-valued weight:    w_k = dequantized float32 value, s_g = 1
  *   int8 (LLM.int8(), threshold 6 by default): with the int8 row q of x, its scale sx and outlier
  *     columns O from qllm_int8_activation, d = sum_k q_k * data_k exactly in int32,
- *     y = (float)d * (sx * (absmax_r * (1/127))), then y = fma(x_k, data_k * (absmax_r * (1/127)), y)
- *     over ascending k in O; then + bias.
+ *     s = absmax_r * (1/127), y = (float)d * (sx * s), then y = fma(x_k, data_k * s, y) over
+ *     ascending k in O; then + bias.
  * The result of a row depends on that row alone, so it is the same in any batch. */
 #ifndef QLLM_CORE_LINEAR_REF_H
 #define QLLM_CORE_LINEAR_REF_H
@@ -25,9 +25,10 @@ enum { QLLM_GROUP = 32 };
 
 /* x (m, cols), bias (rows) or NULL, y (m, rows); all float32, row-major, contiguous. int8 needs
  * cols <= QLLM_INT8_MAX_COLS so that the int32 sum cannot overflow.  `threshold` is used by int8
- * only; <= 0 switches the outliers off.  Fails only for lack of memory or an int8 weight too wide. */
-qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const float *x, int64_t m,
-                            float threshold, float *y, qllm_error *error);
+ * only; <= 0 switches the outliers off.  Fails only for lack of memory, or when an int8 weight is too
+ * wide. */
+qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const float *x,
+                            int64_t m, float threshold, float *y, qllm_error *error);
 
 enum { QLLM_INT8_MAX_COLS = 133143 }; /* floor((2^31 - 1) / 127^2) */
 

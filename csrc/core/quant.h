@@ -49,9 +49,9 @@ uint32_t qllm_largest_bits(const float *x, int64_t n);
  * *scale = absmax / 127 over the elements with |x| < threshold (threshold <= 0: all elements),
  * q = round-half-even(x * (127 / absmax)), every operation rounded to float32.  The other elements,
  * NaN among them, are outliers: they get q = 0, and their column indices are written, ascending, to
- * outliers (cols; NULL allowed when threshold <= 0), their number to *n_outliers.  A row of zeros, or
- * so small that 127 / absmax is infinite (absmax below 3.8e-37), gets q = 0 and scale 0; a row that
- * holds NaN or infinity where these are no outliers gets q = 0 and scale NaN. */
+ * outliers (cols; NULL allowed when threshold <= 0), their number to *n_outliers.  A row of zeros,
+ * or so small that 127 / absmax is infinite (absmax below 3.8e-37), gets q = 0 and scale 0; a row
+ * that holds NaN or infinity where these are no outliers gets q = 0 and scale NaN. */
 void qllm_int8_activation(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
                           int32_t *outliers, int64_t *n_outliers);
 

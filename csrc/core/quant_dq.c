@@ -1,6 +1,6 @@
-/* Double quantization of the absmax values (QLoRA, arXiv 2305.14314, section 3).  bitsandbytes takes
- * the mean in the order of its torch build and finds codes through a table of 65536 bins that cannot
- * reach seven of them; here the mean is exact to a rounding and every code is the nearest. */
+/* Double quantization of the absmax values (QLoRA, arXiv 2305.14314, section 3).  bitsandbytes
+ * takes the mean in the order of its torch build and finds codes through a table of 65536 bins that
+ * cannot reach seven of them; here the mean is that of a float64 sum and every code the nearest. */
 #include <math.h>
 
 #include "core/codebook.h"
@@ -26,7 +26,8 @@ void qllm_quantize_nested(const float *absmax, qllm_qweight *weight)
     float offset = mean_absmax(absmax, blocks);
     weight->offset = offset;
     for (int64_t first = 0, group = 0; first < blocks; first += QLLM_NESTED_BLOCKSIZE, group++) {
-        int64_t end = blocks - first < QLLM_NESTED_BLOCKSIZE ? blocks : first + QLLM_NESTED_BLOCKSIZE;
+        int64_t end = first + QLLM_NESTED_BLOCKSIZE;
+        end = end < blocks ? end : blocks;
         float largest = 0.0f;
         for (int64_t b = first; b < end; b++) {
             float magnitude = fabsf(absmax[b] - offset);

@@ -75,8 +75,8 @@ static qllm_status check_sizes(const qllm_qweight *weight, const char *name, qll
     int64_t b = weight->blocksize;
     if (qllm_format_is_4bit(weight->format) &&
         (b < QLLM_BLOCKSIZE_MIN || b > QLLM_BLOCKSIZE_MAX || (b & (b - 1)) != 0))
-        return qllm_fail(error, QLLM_VALUE, "%s: blocksize %" PRId64 " was given for %s; it must be "
-                         "a power of two from %d to %d", name, b, qllm_format_name(weight->format),
+        return qllm_fail(error, QLLM_VALUE, "%s: blocksize %" PRId64 " was given for %s; it must "
+                         "be a power of two from %d to %d", name, b, qllm_format_name(weight->format),
                          QLLM_BLOCKSIZE_MIN, QLLM_BLOCKSIZE_MAX);
     return QLLM_OK;
 }
@@ -212,8 +212,8 @@ static qllm_status check_scales(const float *scales, int64_t n, const char *fiel
     for (int64_t i = 0; i < n; i++) {
         bool allowed = allow_nonfinite && isnan(scales[i]);
         if (!allowed && !(scales[i] >= 0.0f && isfinite(scales[i])))
-            return qllm_fail(error, QLLM_VALUE, "%s: %s holds %g at index %" PRId64 "; a scale must "
-                             "be finite and not negative", name, field, (double)scales[i], i);
+            return qllm_fail(error, QLLM_VALUE, "%s: %s holds %g at index %" PRId64 "; a scale "
+                             "must be finite and not negative", name, field, (double)scales[i], i);
     }
     return QLLM_OK;
 }

@@ -66,8 +66,8 @@ qllm_status qllm_tensor_check_finite(const qllm_tensor *tensor, const char *name
         float value;
         qllm_to_float(bytes + i * size, tensor->dtype, 1, &value);
         return qllm_fail(error, QLLM_VALUE, "%s: the value at row %" PRId64 ", column %" PRId64
-                         " is %s; repair the weights, or allow non-finite values and get NaN for "
-                         "all that shares a scale with it", name, (first + i) / tensor->cols,
+                         " is %s; repair the weights, or set allow_nonfinite and read back NaN "
+                         "for all that shares a scale with it", name, (first + i) / tensor->cols,
                          (first + i) % tensor->cols,
                          value != value ? "nan" : value > 0.0f ? "inf" : "-inf");
     }

@@ -7,8 +7,8 @@
 #include "cpu/packed.h"
 #include "python/state.h"
 
-/* The weight inside a QuantizedTensor, valid as long as `object` is; NULL with an exception set when
- * it is something else.  May be called with any object, with the GIL held; the weight itself may be
+/* The weight inside a QuantizedTensor, valid as long as `object` is; NULL with an exception set
+ * when it is something else.  May be called with any object, with the GIL held; the weight itself may be
  * read without it. */
 const qllm_qweight *qllm_quantized_tensor_weight(const qllm_state *state, PyObject *object);
 

@@ -69,8 +69,9 @@ static PyObject *get_format(PyObject *self, void *closure)
 
 static PyObject *get_shape(PyObject *self, void *closure)
 {
+    const qllm_qweight *w = weight_of(self);
     (void)closure;
-    return Py_BuildValue("(LL)", (long long)weight_of(self)->rows, (long long)weight_of(self)->cols);
+    return Py_BuildValue("(LL)", (long long)w->rows, (long long)w->cols);
 }
 
 static PyObject *get_blocksize(PyObject *self, void *closure)
@@ -201,7 +202,8 @@ static PyGetSetDef tensor_getset[] = {
     {"scb", get_scb, NULL, "float32 (rows,), the absmax of each row of int8, else None", NULL},
     {"dtype_name", get_dtype_name, NULL, "dtype before quantizing, or None", NULL},
     {"nbytes", get_nbytes, NULL, "bytes of codes and scales, without the fixed tables", NULL},
-    {"bits_per_weight", get_bits_per_weight, NULL, "8 * nbytes / (rows * cols); 0 when empty", NULL},
+    {"bits_per_weight", get_bits_per_weight, NULL, "8 * nbytes / (rows * cols), 0 if empty",
+     NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
