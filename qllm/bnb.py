@@ -25,13 +25,11 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import QllmFileError, QllmUnsupportedError, QllmValueError
+from .quantize import BLOCKSIZES, NESTED_BLOCKSIZE
 from .safetensors import TensorEntry
 from .strict_json import parse_object, quoted
 
 FORMATS = ("nf4", "fp4", "nf4-dq", "fp4-dq", "int8")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
-"""Absmax values that share one second-level absmax in double quantization."""
 
 _STATE = "quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 4096
