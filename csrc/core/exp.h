@@ -1,13 +1,14 @@
-/* exp(x) for x <= 0 in float64, the one exponential of the sampler and the statistics.  Built from
- * additions and multiplications in a fixed order, so that, unlike the C library's, it gives the same
- * bits on every machine, and loops over it vectorize.  Within 1 ulp; exactly 1 at 0; exactly 0 below
- * -708, where the true value nears the smallest normal number. */
+/* The one exponential of the sampler and the statistics. */
 #ifndef QLLM_CORE_EXP_H
 #define QLLM_CORE_EXP_H
 
 #include <stdint.h>
 #include <string.h>
 
+/* exp(x) for x <= 0 in float64.  Built from additions and multiplications in a fixed order, so
+ * that, unlike the C library's, it gives the same bits on every machine, and loops over it
+ * vectorize.  Within 1 ulp; exactly 1 at 0; exactly 0 below -708, where the true value nears the
+ * smallest normal number. */
 static inline double qllm_exp(double x)
 {
     /* x = n ln 2 + r with |r| <= ln 2 / 2: adding 1.5 * 2^52 rounds to an integer, whose low bits
@@ -33,5 +34,17 @@ static inline double qllm_exp(double x)
     memcpy(&scale, &scale_bits, sizeof scale);
     return x > -708.0 ? mantissa * scale : 0.0;
 }
+
+/* 1 / temperature, but finite for every temperature > 0: below 1e-300, where it is cut, any two
+ * float32 logits that differ are as far apart as can be already. */
+static inline double qllm_inverse_temperature(double temperature)
+{
+    return 1 / (temperature > 1e-300 ? temperature : 1e-300);
+}
+
+/* weights (count) = exp((logit - max) * inverse_temperature); returns their sum, in an order that
+ * depends on count alone.  weights may be NULL for the sum alone. */
+double qllm_exp_weights(const float *logits, int64_t count, double max, double inverse_temperature,
+                        double *weights);
 
 #endif

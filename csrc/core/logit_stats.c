@@ -8,9 +8,10 @@
 #include "core/checked.h"
 #include "core/exp.h"
 
-/* The tokens that either row can draw, sorted by test - ref from the largest down. */
+/* The tokens that either row can draw, sorted by test - ref from the largest down; then up to
+ * LANES - 1 tokens that neither can draw, so that the sums run over whole groups of LANES. */
 typedef struct pair {
-    int64_t count;
+    int64_t count;    /* a multiple of LANES */
     uint64_t *keys;   /* (count) ascending; equal keys are equal test - ref */
     float *ref;       /* (count) logits */
     float *test;      /* (count) */
@@ -25,12 +26,13 @@ typedef struct row_top {
     double max;
 } row_top;
 
-enum { DIGIT_BITS = 11, BUCKETS = 1 << DIGIT_BITS };
+enum { DIGIT_BITS = 11, BUCKETS = 1 << DIGIT_BITS, LANES = 4, BLOCK = 256 };
 
 int64_t qllm_logit_stats_scratch(int64_t vocab)
 {
     int64_t bytes, each = 4 * sizeof(uint64_t) + 2 * sizeof(float) + 2 * sizeof(int32_t);
-    if (vocab < 1 || vocab > INT32_MAX || !qllm_checked_mul(vocab, each, &bytes))
+    if (vocab < 1 || vocab > INT32_MAX || !qllm_checked_round_up(vocab, LANES, &vocab) ||
+        !qllm_checked_mul(vocab, each, &bytes))
         return -1;
     return bytes;
 }
@@ -41,9 +43,9 @@ static qllm_status check_row(const float *logits, int64_t vocab, const char *nam
     int64_t best = 0;
     for (int64_t i = 0; i < vocab; i++) {
         if (!(logits[i] < INFINITY))
-            return qllm_fail(error, QLLM_VALUE, "%s: token %" PRId64 " of %" PRId64 " is %s; logits "
-                             "are finite numbers, or -inf for tokens that cannot be drawn", name, i,
-                             vocab, isnan(logits[i]) ? "NaN" : "+inf");
+            return qllm_fail(error, QLLM_VALUE, "%s: token %" PRId64 " of %" PRId64 " is %s; "
+                             "logits are finite numbers, or -inf for tokens that cannot be drawn",
+                             name, i, vocab, isnan(logits[i]) ? "NaN" : "+inf");
         if (logits[i] > logits[best])
             best = i;
     }
@@ -106,12 +108,13 @@ static bool sort_digit(const uint64_t *keys, const int32_t *ids, int64_t n, int 
 static pair sort_pair(const float *ref, const float *test, int64_t vocab, void *scratch)
 {
     pair s = {.keys = scratch};
-    uint64_t *keys = s.keys, *keys_other = keys + vocab, *keys_swap;
-    s.p = (double *)(keys_other + vocab);
-    s.q = s.p + vocab;
-    s.ref = (float *)(s.q + vocab);
-    s.test = s.ref + vocab;
-    int32_t *ids = (int32_t *)(s.test + vocab), *ids_other = ids + vocab, *ids_swap;
+    int64_t room = (vocab + LANES - 1) / LANES * LANES;
+    uint64_t *keys = s.keys, *keys_other = keys + room, *keys_swap;
+    s.p = (double *)(keys_other + room);
+    s.q = s.p + room;
+    s.ref = (float *)(s.q + room);
+    s.test = s.ref + room;
+    int32_t *ids = (int32_t *)(s.test + room), *ids_other = ids + room, *ids_swap;
     for (int64_t i = 0; i < vocab; i++) {
         if (ref[i] == -INFINITY && test[i] == -INFINITY)
             continue;
@@ -128,70 +131,86 @@ static pair sort_pair(const float *ref, const float *test, int64_t vocab, void *
         s.ref[i] = ref[ids[i]];
         s.test[i] = test[ids[i]];
     }
+    for (; s.count % LANES != 0; s.count++) {
+        s.ref[s.count] = s.test[s.count] = -INFINITY;
+        s.keys[s.count] = UINT64_MAX;
+    }
     return s;
 }
 
-/* out = softmax(logits / temperature); returns log sum exp((logit - max) / temperature). */
-static double softmax(const float *logits, int64_t count, double max, double temperature,
+/* out = softmax(logits / temperature); returns sum exp((logit - max) / temperature). */
+static double softmax(const float *logits, int64_t count, double max, double inverse_temperature,
                       double *out)
 {
-    double lanes[4] = {0, 0, 0, 0};
+    double total = qllm_exp_weights(logits, count, max, inverse_temperature, out);
+    double scale = 1 / total;
     for (int64_t i = 0; i < count; i++)
-        out[i] = qllm_exp(((double)logits[i] - max) / temperature);
-    for (int64_t i = 0; i < count; i++)
-        lanes[i % 4] += out[i];
-    double total = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-    for (int64_t i = 0; i < count; i++)
-        out[i] /= total;
-    return log(total);
+        out[i] *= scale;
+    return total;
 }
 
-/* The sums over tokens that need no order.  With a = (ref - max) / T and b likewise, log p = a -
- * log_sum_p, so that for equal rows every term below is 0. */
-static void divergences(const pair *s, double temperature, double log_sum_p, double log_sum_q,
+static double sum_lanes(const double lanes[LANES])
+{
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+}
+
+/* The sums over tokens that need no order.  With a = ref - max and b likewise, log p = a / T - log
+ * of total_p, so that for equal rows every difference below is 0.  A product with a probability of
+ * 0 is 0, also where the logit is -inf. */
+static void divergences(const pair *s, double inverse_temperature, double total_p, double total_q,
                         const qllm_logit_stats *out, int64_t t)
 {
-    double kl = 0, kl_reverse = 0, tv = 0, mean_a = 0, mean_b = 0, max_p = 0;
-    double shift = log_sum_q - log_sum_p;
-    for (int64_t i = 0; i < s->count; i++) {
-        double p = s->p[i], q = s->q[i];
-        double a = ((double)s->ref[i] - s->ref_max) / temperature;
-        double b = ((double)s->test[i] - s->test_max) / temperature;
-        double log_ratio = (a - b) + shift;
-        kl += p > 0 ? p * log_ratio : 0;
-        kl_reverse -= q > 0 ? q * log_ratio : 0;
-        mean_a += p > 0 ? p * a : 0;
-        mean_b += q > 0 ? q * b : 0;
-        tv += fabs(p - q);
-        max_p = p > max_p ? p : max_p;
-    }
-    out->kl[t] = kl > 0 ? kl : 0; /* rounding can leave a negative trace of 0 */
-    out->kl_reverse[t] = kl_reverse > 0 ? kl_reverse : 0;
-    out->tv[t] = tv < 2 ? 0.5 * tv : 1;
-    out->entropy_ref[t] = log_sum_p - mean_a;
-    out->entropy_test[t] = log_sum_q - mean_b;
-    out->max_ref[t] = max_p;
+    double kl[LANES] = {0}, kl_reverse[LANES] = {0}, tv[LANES] = {0};
+    double mean_a[LANES] = {0}, mean_b[LANES] = {0};
+    for (int64_t i = 0; i < s->count; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            double p = s->p[i + lane], q = s->q[i + lane];
+            double a = (double)s->ref[i + lane] - s->ref_max;
+            double b = (double)s->test[i + lane] - s->test_max;
+            kl[lane] += p > 0 ? p * (a - b) : 0;
+            kl_reverse[lane] += q > 0 ? q * (b - a) : 0;
+            mean_a[lane] += p > 0 ? p * a : 0;
+            mean_b[lane] += q > 0 ? q * b : 0;
+            tv[lane] += fabs(p - q);
+        }
+    double log_p = log(total_p), log_q = log(total_q), shift = log_q - log_p;
+    /* rounding can leave a negative trace of what is never negative */
+    out->kl[t] = fmax(sum_lanes(kl) * inverse_temperature + shift, 0);
+    out->kl_reverse[t] = fmax(sum_lanes(kl_reverse) * inverse_temperature - shift, 0);
+    out->tv[t] = fmin(0.5 * sum_lanes(tv), 1);
+    out->entropy_ref[t] = log_p - sum_lanes(mean_a) * inverse_temperature;
+    out->entropy_test[t] = log_q - sum_lanes(mean_b) * inverse_temperature;
+    out->max_ref[t] = 1 / total_p;
 }
 
 /* 1 - A: with P and Q the masses of the tokens of larger q / p, e = Q p / q - P, and the term
- * p e / (1 + e) is p f / (q + f) with f = Q p - P q, which neither over- nor underflows. */
+ * p e / (1 + e) is p f / (q + f) with f = Q p - P q, which neither over- nor underflows.  Tokens of
+ * equal q / p see the same P and Q. */
 static double disagreement(const pair *s)
 {
-    double above_p = 0, above_q = 0, result = 0;
-    for (int64_t i = 0; i < s->count;) {
-        double group_p = 0, group_q = 0;
-        uint64_t key = s->keys[i];
-        for (; i < s->count && s->keys[i] == key; i++) {
-            double p = s->p[i], q = s->q[i], f = above_q * p - above_p * q;
-            if (f > 0)
-                result += p * (f / (q + f));
-            group_p += p;
-            group_q += q;
+    double f[BLOCK], lanes[LANES] = {0};
+    double mass_p = 0, mass_q = 0, above_p = 0, above_q = 0;
+    uint64_t key = s->keys[0];
+    for (int64_t start = 0; start < s->count; start += BLOCK) {
+        int64_t n = s->count - start < BLOCK ? s->count - start : BLOCK;
+        const double *p = s->p + start, *q = s->q + start;
+        for (int64_t i = 0; i < n; i++) {
+            if (s->keys[start + i] != key) {
+                key = s->keys[start + i];
+                above_p = mass_p;
+                above_q = mass_q;
+            }
+            f[i] = above_q * p[i] - above_p * q[i];
+            mass_p += p[i];
+            mass_q += q[i];
         }
-        above_p += group_p;
-        above_q += group_q;
+        for (int64_t i = 0; i < n; i += LANES)
+            for (int lane = 0; lane < LANES; lane++) {
+                double part = f[i + lane] / (q[i + lane] + f[i + lane]);
+                lanes[lane] += f[i + lane] > 0 ? p[i + lane] * part : 0;
+            }
     }
-    return result < 1 ? result : 1;
+    return fmin(sum_lanes(lanes), 1);
 }
 
 /* Temperature 0: both distributions are one-hot. */
@@ -231,12 +250,13 @@ qllm_status qllm_logit_stats_row(const float *ref, const float *test, int64_t vo
             greedy(ref_top, test_top, target, out, t);
             continue;
         }
-        double log_sum_p = softmax(s.ref, s.count, s.ref_max, temperature, s.p);
-        double log_sum_q = softmax(s.test, s.count, s.test_max, temperature, s.q);
-        divergences(&s, temperature, log_sum_p, log_sum_q, out, t);
+        double inverse = qllm_inverse_temperature(temperature);
+        double total_p = softmax(s.ref, s.count, s.ref_max, inverse, s.p);
+        double total_q = softmax(s.test, s.count, s.test_max, inverse, s.q);
+        divergences(&s, inverse, total_p, total_q, out, t);
         out->disagreement[t] = disagreement(&s);
-        out->delta_p[t] = target < 0 ? 0 : qllm_exp(target_b / temperature - log_sum_q) -
-                                           qllm_exp(target_a / temperature - log_sum_p);
+        out->delta_p[t] = target < 0 ? 0 : qllm_exp(target_b * inverse) / total_q -
+                                           qllm_exp(target_a * inverse) / total_p;
     }
     return QLLM_OK;
 }

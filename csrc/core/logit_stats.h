@@ -1,12 +1,13 @@
-/* What quantization did to a next-token distribution, at many temperatures in one pass, exactly and
- * without sampling.  p = softmax(ref / T), q = softmax(test / T).
+/* What quantization did to a next-token distribution, at many temperatures in one pass, exactly
+ * and without sampling.  p = softmax(ref / T), q = softmax(test / T).
  *
- * Coupled agreement A is the probability that p and q draw the same token from common Gumbel noise:
+ * Coupled agreement A is the probability that p and q draw the same token from common Gumbel
+ * noise:
  *     A = sum_i 1 / sum_j max(p_j / p_i, q_j / q_i)
- * (Gumbel coupling: arXiv 2408.07978).  With r_i = q_i / p_i, sorted once for all temperatures since
- * the order of r is that of test - ref whatever T, the disagreement is
+ * (Gumbel coupling: arXiv 2408.07978).  With r_i = q_i / p_i, sorted once for all temperatures
+ * since the order of r is that of test - ref whatever T, the disagreement is
  *     1 - A = sum_i p_i e_i / (1 + e_i),   e_i = Q(r_j > r_i) / r_i - P(r_j > r_i) >= 0,
- * suffix sums over the sorted order, tokens of equal r together.  In this form, with
+ * suffix sums over the sorted order, tokens of equal r together.  In this form, and with
  * log(p_i / q_i) = (ref_i - test_i) / T + constant, equal rows give exactly 0 in every metric. */
 #ifndef QLLM_CORE_LOGIT_STATS_H
 #define QLLM_CORE_LOGIT_STATS_H

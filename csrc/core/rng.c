@@ -35,6 +35,39 @@ void qllm_noise_block(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t bl
     qllm_philox(counter, key, words);
 }
 
+void qllm_noise_blocks(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t block,
+                       uint32_t words[4 * QLLM_NOISE_BLOCKS])
+{
+    enum { N = QLLM_NOISE_BLOCKS };
+    /* 32-bit numbers in 64-bit lanes: the products need them so. */
+    uint64_t c0[N], c1[N], c2[N], c3[N];
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int i = 0; i < N; i++) {
+        c0[i] = (uint32_t)(block + (uint32_t)i);
+        c1[i] = step;
+        c2[i] = (uint32_t)prompt;
+        c3[i] = prompt >> 32;
+    }
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int i = 0; i < N; i++) {
+            uint64_t product_0 = MULTIPLIER_0 * (uint64_t)(uint32_t)c0[i];
+            uint64_t product_1 = MULTIPLIER_1 * (uint64_t)(uint32_t)c2[i];
+            c0[i] = (product_1 >> 32) ^ c1[i] ^ k0;
+            c2[i] = (product_0 >> 32) ^ c3[i] ^ k1;
+            c1[i] = (uint32_t)product_1;
+            c3[i] = (uint32_t)product_0;
+        }
+        k0 += WEYL_0;
+        k1 += WEYL_1;
+    }
+    for (int i = 0; i < N; i++) {
+        words[4 * i] = (uint32_t)c0[i];
+        words[4 * i + 1] = (uint32_t)c1[i];
+        words[4 * i + 2] = (uint32_t)c2[i];
+        words[4 * i + 3] = (uint32_t)c3[i];
+    }
+}
+
 double qllm_gumbel_of(uint32_t word)
 {
     double u = ((double)word + 0.5) * 0x1p-32; /* exact, never 0 or 1 */
@@ -43,8 +76,8 @@ double qllm_gumbel_of(uint32_t word)
 
 double qllm_gumbel_bound(uint32_t word)
 {
-    /* -log(u) >= 1 - u = (rest + 0.5) / 2^32 >= 2^-(1 + leading zeros of rest); the last term covers
-     * the roundings of qllm_gumbel_of. */
+    /* -log(u) >= 1 - u = (rest + 0.5) / 2^32 >= 2^-(1 + leading zeros of rest); the last term
+     * covers the roundings of qllm_gumbel_of. */
     uint32_t rest = ~word;
     int zeros = rest ? __builtin_clz(rest) : 32;
     return 0x1.62e42fefa39efp-1 * (zeros + 1) + 1e-9;

@@ -14,6 +14,11 @@ void qllm_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[
 void qllm_noise_block(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t block,
                       uint32_t words[4]);
 
+/* The same for QLLM_NOISE_BLOCKS blocks from `block` on, in a form that vectorizes. */
+enum { QLLM_NOISE_BLOCKS = 16 };
+void qllm_noise_blocks(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t block,
+                       uint32_t words[4 * QLLM_NOISE_BLOCKS]);
+
 /* Standard Gumbel noise -log(-log(u)) of u = (word + 0.5) / 2^32; from -3.14 to 22.88. */
 double qllm_gumbel_of(uint32_t word);
 

@@ -15,6 +15,7 @@ typedef struct candidates {
     float *logits;   /* (count) penalized */
     double *weights; /* (count) exp((logit - max) / temperature), so the largest is 1 */
     double max;      /* the largest logit */
+    double total;    /* sum of the weights after top_k, before top_p */
 } candidates;
 
 /* The smallest kept logit, as a key, and the mass strictly above it. */
@@ -23,7 +24,7 @@ typedef struct cut {
     double above;
 } cut;
 
-enum { BINS = 2048, EXP_BLOCK = 256 };
+enum { BINS = 2048, TILE = 64, LANES = 8, WINDOW = 4 * QLLM_NOISE_BLOCKS };
 
 qllm_sampling qllm_sampling_default(void)
 {
@@ -81,52 +82,47 @@ static qllm_status bad_logit(const float *logits, int64_t vocab, qllm_error *err
     int64_t i = 0;
     while (i < vocab - 1 && logits[i] < INFINITY)
         i++;
-    return qllm_fail(error, QLLM_VALUE, "logits: token %" PRId64 " of %" PRId64 " is %s; logits are "
-                     "finite numbers, or -inf for tokens that cannot be drawn", i, vocab,
+    return qllm_fail(error, QLLM_VALUE, "logits: token %" PRId64 " of %" PRId64 " is %s; logits "
+                     "are finite numbers, or -inf for tokens that cannot be drawn", i, vocab,
                      isnan(logits[i]) ? "NaN" : "+inf");
 }
 
-/* Checks the logits while copying them (out may be NULL) and finds the largest.  Adding 0 turns -0
- * into +0, so that equal numbers have equal bits. */
-static qllm_status load(const float *logits, int64_t vocab, float *out, float *max,
-                        qllm_error *error)
+/* The largest of `count` logits; NaN are passed over. */
+static float largest(const float *logits, int64_t count)
+{
+    float lanes[LANES], max = -INFINITY;
+    int64_t i = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        lanes[lane] = -INFINITY;
+    for (; i + LANES <= count; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] = logits[i + lane] > lanes[lane] ? logits[i + lane] : lanes[lane];
+    for (; i < count; i++)
+        max = logits[i] > max ? logits[i] : max;
+    for (int lane = 0; lane < LANES; lane++)
+        max = lanes[lane] > max ? lanes[lane] : max;
+    return max;
+}
+
+/* Checks the logits and finds the largest. */
+static qllm_status check_logits(const float *logits, int64_t vocab, float *max, qllm_error *error)
 {
     int bad = 0;
-    float largest = -INFINITY;
-    for (int64_t i = 0; i < vocab; i++) {
-        float value = logits[i] + 0.0f;
-        bad |= !(value < INFINITY);
-        largest = value > largest ? value : largest;
-        if (out != NULL)
-            out[i] = value;
-    }
-    *max = largest;
+    for (int64_t i = 0; i < vocab; i++)
+        bad |= !(logits[i] < INFINITY);
+    *max = largest(logits, vocab);
     if (bad)
         return bad_logit(logits, vocab, error);
-    if (largest == -INFINITY)
+    if (*max == -INFINITY)
         return qllm_fail(error, QLLM_VALUE, "logits: all %" PRId64 " tokens are -inf, so that none "
                          "can be drawn", vocab);
     return QLLM_OK;
 }
 
-/* sum of exp(logit - max), in float64, in an order that depends on the vocabulary's size alone. */
-static double exp_sum(const float *logits, int64_t vocab, double max)
+/* log softmax(logits)[token]; total is the sum of exp(logit - max). */
+static double log_softmax(const float *logits, double max, double total, int64_t token)
 {
-    double block[EXP_BLOCK], lanes[4] = {0, 0, 0, 0};
-    for (int64_t start = 0; start < vocab; start += EXP_BLOCK) {
-        int64_t n = vocab - start < EXP_BLOCK ? vocab - start : EXP_BLOCK;
-        for (int64_t i = 0; i < n; i++)
-            block[i] = qllm_exp((double)logits[start + i] - max);
-        for (int64_t i = 0; i < n; i++)
-            lanes[i % 4] += block[i];
-    }
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-}
-
-/* log softmax(logits)[token] for logits that load() has checked. */
-static double log_softmax(const float *logits, int64_t vocab, double max, int64_t token)
-{
-    return ((double)logits[token] - max) - log(exp_sum(logits, vocab, max));
+    return ((double)logits[token] - max) - log(total);
 }
 
 qllm_status qllm_logprob(const float *logits, int64_t vocab, int64_t token, double *out,
@@ -135,13 +131,13 @@ qllm_status qllm_logprob(const float *logits, int64_t vocab, int64_t token, doub
     float max = 0;
     qllm_status status = check_vocab(vocab, error);
     if (status == QLLM_OK)
-        status = load(logits, vocab, NULL, &max, error);
+        status = check_logits(logits, vocab, &max, error);
     if (status != QLLM_OK)
         return status;
     if (token < 0 || token >= vocab)
         return qllm_fail(error, QLLM_VALUE, "token: %" PRId64 " is outside the vocabulary of %"
                          PRId64 " tokens", token, vocab);
-    *out = log_softmax(logits, vocab, max, token);
+    *out = log_softmax(logits, max, qllm_exp_weights(logits, vocab, max, 1, NULL), token);
     return QLLM_OK;
 }
 
@@ -164,17 +160,15 @@ static qllm_status penalize(const float *raw, float *logits, int64_t vocab, doub
     return QLLM_OK;
 }
 
-static int64_t first_argmax(const float *logits, int64_t count, double *max)
+static int64_t first_equal(const float *logits, int64_t count, float value)
 {
-    int64_t best = 0;
-    for (int64_t i = 1; i < count; i++)
-        if (logits[i] > logits[best])
-            best = i;
-    *max = logits[best];
-    return best;
+    int64_t i = 0;
+    while (i < count - 1 && logits[i] != value)
+        i++;
+    return i;
 }
 
-/* Orders floats as integers: key(a) < key(b) exactly when a < b, for floats other than NaN and -0. */
+/* Orders floats as integers: key(a) < key(b) exactly when a < b; not for NaN and -0. */
 static uint32_t order_key(float value)
 {
     uint32_t bits;
@@ -182,10 +176,10 @@ static uint32_t order_key(float value)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* Where the `target` mass of the largest logits ends; masses NULL counts each as 1.  Radix selection:
- * each level adds up the masses by the next 11 bits of the key and descends into the bin where the
- * target is reached, or into the lowest that holds anything where rounding keeps it from being
- * reached. */
+/* Where the `target` mass of the largest logits ends; masses NULL counts each as 1.  Radix
+ * selection: each level adds up the masses by the next 11 bits of the key and descends into the
+ * bin where the target is reached, or into the lowest that holds anything where rounding keeps it
+ * from being reached. */
 static cut find_cut(const float *logits, const double *masses, int64_t count, double target)
 {
     static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
@@ -214,8 +208,8 @@ static cut find_cut(const float *logits, const double *masses, int64_t count, do
     return found;
 }
 
-/* Drops the candidates whose logit is -inf or lies below the cut; among equals at the cut the lowest
- * ids stay until the target is reached. */
+/* Drops the candidates whose logit is -inf or lies below the cut; among equals at the cut the
+ * lowest ids stay until the target is reached. */
 static void keep_above(candidates *c, const double *masses, double target, cut at)
 {
     int64_t kept = 0;
@@ -238,6 +232,12 @@ static void keep_above(candidates *c, const double *masses, double target, cut a
     c->count = kept;
 }
 
+static void all_ids(candidates *c)
+{
+    for (int64_t i = 0; i < c->count; i++)
+        c->ids[i] = (int32_t)i;
+}
+
 static void keep_min_p(candidates *c, double min_p)
 {
     int64_t kept = 0;
@@ -252,59 +252,106 @@ static void keep_min_p(candidates *c, double min_p)
     c->count = kept;
 }
 
-static double sum(const double *values, int64_t count)
+/* Keeps the k largest.  Where the vocabulary has k tiles or more, the k-th largest of the tiles'
+ * largest logits bounds the k-th largest logit from below, and few tokens are left to look at. */
+static void keep_top_k(candidates *c, int64_t k)
 {
-    double lanes[4] = {0, 0, 0, 0};
-    for (int64_t i = 0; i < count; i++)
-        lanes[i % 4] += values[i];
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    int64_t tiles = c->count / TILE, kept = 0;
+    if (tiles >= k) {
+        float *tops = (float *)c->weights; /* not in use yet */
+        for (int64_t t = 0; t <= tiles; t++)
+            tops[t] = largest(c->logits + t * TILE, t < tiles ? TILE : c->count % TILE);
+        uint32_t bound = find_cut(tops, NULL, tiles, (double)k).key;
+        for (int64_t t = 0; t <= tiles; t++) {
+            if (order_key(tops[t]) < bound)
+                continue;
+            int64_t stop = t < tiles ? (t + 1) * TILE : c->count;
+            for (int64_t i = t * TILE; i < stop; i++) {
+                if (order_key(c->logits[i]) < bound)
+                    continue;
+                c->ids[kept] = (int32_t)i;
+                c->logits[kept++] = c->logits[i];
+            }
+        }
+        c->count = kept;
+    } else
+        all_ids(c);
+    keep_above(c, NULL, (double)k, find_cut(c->logits, NULL, c->count, (double)k));
 }
 
 /* top_k, temperature, top_p, min_p over the penalized logits; returns the sum of the weights that
  * are left.  (top_k before the temperature saves exponentials and keeps the same tokens.) */
 static double filter(candidates *c, const qllm_sampling *s)
 {
-    int64_t vocab = c->count;
-    double all = (double)vocab, k = s->top_k > 0 && s->top_k < vocab ? (double)s->top_k : all;
-    for (int64_t i = 0; i < vocab; i++)
-        c->ids[i] = (int32_t)i;
-    if (k < all)
-        keep_above(c, NULL, k, find_cut(c->logits, NULL, vocab, k));
-    for (int64_t i = 0; i < c->count; i++)
-        c->weights[i] = qllm_exp(((double)c->logits[i] - c->max) / s->temperature);
-    double total = sum(c->weights, c->count);
+    if (s->top_k > 0 && s->top_k < c->count)
+        keep_top_k(c, s->top_k);
+    else
+        all_ids(c);
+    c->total = qllm_exp_weights(c->logits, c->count, c->max,
+                                qllm_inverse_temperature(s->temperature), c->weights);
+    if (s->top_p >= 1 && s->min_p <= 0)
+        return c->total;
     if (s->top_p < 1) {
-        double target = s->top_p * total;
+        double target = s->top_p * c->total;
         keep_above(c, c->weights, target, find_cut(c->logits, c->weights, c->count, target));
     }
     if (s->min_p > 0)
         keep_min_p(c, s->min_p);
-    return sum(c->weights, c->count);
+    double total = 0;
+    for (int64_t i = 0; i < c->count; i++)
+        total += c->weights[i];
+    return total;
+}
+
+/* The noise words of candidates first .. stop - 1, whose ids lie in one window of tokens, into
+ * `words` by id within the window: all at once, or only those blocks that hold a candidate which
+ * can still win. */
+static void window_words(const candidates *c, const qllm_sampling *s, uint32_t step, int64_t first,
+                         int64_t stop, const double *scores, double best, uint32_t *words)
+{
+    uint32_t window = (uint32_t)c->ids[first] / WINDOW, done = UINT32_MAX;
+    if (stop - first >= WINDOW / 4) {
+        qllm_noise_blocks(s->seed, s->prompt, step, window * QLLM_NOISE_BLOCKS, words);
+        return;
+    }
+    for (int64_t i = first; i < stop; i++) {
+        uint32_t block = (uint32_t)c->ids[i] / 4;
+        if (block == done || scores[i - first] + QLLM_GUMBEL_MAX < best)
+            continue;
+        qllm_noise_block(s->seed, s->prompt, step, block, words + block % QLLM_NOISE_BLOCKS * 4);
+        done = block;
+    }
 }
 
 /* argmax of (logit - max) / temperature + gumbel over the candidates; returns its position.  It
  * starts at the largest logit: most others then lose by a bound, before any logarithm. */
 static int64_t race(const candidates *c, const qllm_sampling *s, uint32_t step)
 {
-    double max, best;
-    int64_t winner = first_argmax(c->logits, c->count, &max), block = -1;
-    uint32_t words[4] = {0, 0, 0, 0};
+    double inverse = qllm_inverse_temperature(s->temperature), scores[WINDOW], best;
+    uint32_t words[WINDOW];
+    int64_t winner = first_equal(c->logits, c->count, (float)c->max), stop;
     best = qllm_gumbel(s->seed, s->prompt, step, (uint32_t)c->ids[winner]);
-    for (int64_t i = 0; i < c->count; i++) {
-        double z = ((double)c->logits[i] - max) / s->temperature;
-        if (z + QLLM_GUMBEL_MAX < best)
-            continue;
-        uint32_t id = (uint32_t)c->ids[i];
-        if (id / 4 != block) {
-            block = id / 4;
-            qllm_noise_block(s->seed, s->prompt, step, (uint32_t)block, words);
+    for (int64_t first = 0; first < c->count; first = stop) {
+        int32_t window = c->ids[first] / WINDOW;
+        double top = -INFINITY;
+        for (stop = first; stop < c->count && c->ids[stop] / WINDOW == window; stop++) {
+            double score = ((double)c->logits[stop] - c->max) * inverse;
+            scores[stop - first] = score;
+            top = score > top ? score : top;
         }
-        if (z + qllm_gumbel_bound(words[id % 4]) < best)
+        if (top + QLLM_GUMBEL_MAX < best)
             continue;
-        double score = z + qllm_gumbel_of(words[id % 4]);
-        if (score > best || (score == best && i < winner)) {
-            best = score;
-            winner = i;
+        window_words(c, s, step, first, stop, scores, best, words);
+        for (int64_t i = first; i < stop; i++) {
+            uint32_t word = words[c->ids[i] % WINDOW];
+            double score = scores[i - first];
+            if (score + QLLM_GUMBEL_MAX < best || score + qllm_gumbel_bound(word) < best)
+                continue;
+            score += qllm_gumbel_of(word);
+            if (score > best || (score == best && i < winner)) {
+                best = score;
+                winner = i;
+            }
         }
     }
     return winner;
@@ -313,21 +360,29 @@ static int64_t race(const candidates *c, const qllm_sampling *s, uint32_t step)
 /* Checks everything and leaves the penalized logits in *c.  *raw_max is the largest raw logit. */
 static qllm_status prepare(const float *logits, int64_t vocab, const qllm_sampling *sampling,
                            const int64_t *history, int64_t n_history, void *scratch,
-                           candidates *c, float *raw_max, int64_t *argmax, qllm_error *error)
+                           candidates *c, float *raw_max, qllm_error *error)
 {
     qllm_status status = qllm_sampling_check(sampling, error);
     if (status == QLLM_OK)
         status = check_vocab(vocab, error);
+    if (status == QLLM_OK)
+        status = check_logits(logits, vocab, raw_max, error);
     if (status != QLLM_OK)
         return status;
     *c = carve(scratch, vocab);
-    status = load(logits, vocab, c->logits, raw_max, error);
-    if (status == QLLM_OK)
-        status = penalize(logits, c->logits, vocab, sampling->repetition_penalty, history,
-                          n_history, error);
-    if (status == QLLM_OK)
-        *argmax = first_argmax(c->logits, vocab, &c->max);
+    for (int64_t i = 0; i < vocab; i++)
+        c->logits[i] = logits[i] + 0.0f; /* -0 becomes 0, so that equal numbers have equal bits */
+    status = penalize(logits, c->logits, vocab, sampling->repetition_penalty, history, n_history,
+                      error);
+    c->max = n_history > 0 ? largest(c->logits, vocab) : *raw_max;
     return status;
+}
+
+/* Whether the weights of filter(), before top_p, are those of the raw logits. */
+static int weighs_raw(const qllm_sampling *s, int64_t vocab, int64_t n_history)
+{
+    return s->temperature == 1 && (s->top_k == 0 || s->top_k >= vocab) &&
+           (s->repetition_penalty == 1 || n_history == 0);
 }
 
 qllm_status qllm_sample(const float *logits, int64_t vocab, const qllm_sampling *sampling,
@@ -336,20 +391,25 @@ qllm_status qllm_sample(const float *logits, int64_t vocab, const qllm_sampling 
 {
     candidates c;
     float raw_max;
-    int64_t argmax;
     qllm_status status = prepare(logits, vocab, sampling, history, n_history, scratch, &c,
-                                 &raw_max, &argmax, error);
+                                 &raw_max, error);
     if (status != QLLM_OK)
         return status;
-    *out = (qllm_sampled){.token = argmax, .sampling_logprob = 0};
-    if (sampling->temperature > 0) {
+    double log_p = 0;
+    int64_t token = 0;
+    if (sampling->temperature == 0)
+        token = first_equal(c.logits, vocab, (float)c.max);
+    else {
         double total = filter(&c, sampling);
         int64_t winner = race(&c, sampling, step);
-        double z = ((double)c.logits[winner] - c.max) / sampling->temperature;
-        out->token = c.ids[winner];
-        out->sampling_logprob = (float)(z - log(total));
+        token = c.ids[winner];
+        log_p = ((double)c.logits[winner] - c.max) *
+                qllm_inverse_temperature(sampling->temperature) - log(total);
     }
-    out->logprob = (float)log_softmax(logits, vocab, raw_max, out->token);
+    double raw_total = sampling->temperature > 0 && weighs_raw(sampling, vocab, n_history)
+        ? c.total : qllm_exp_weights(logits, vocab, raw_max, 1, NULL);
+    *out = (qllm_sampled){token, (float)log_softmax(logits, raw_max, raw_total, token),
+                          (float)log_p};
     return QLLM_OK;
 }
 
@@ -359,14 +419,13 @@ qllm_status qllm_distribution(const float *logits, int64_t vocab, const qllm_sam
 {
     candidates c;
     float raw_max;
-    int64_t argmax;
     qllm_status status = prepare(logits, vocab, sampling, history, n_history, scratch, &c,
-                                 &raw_max, &argmax, error);
+                                 &raw_max, error);
     if (status != QLLM_OK)
         return status;
     memset(probabilities, 0, (size_t)vocab * sizeof *probabilities);
     if (sampling->temperature == 0) {
-        probabilities[argmax] = 1;
+        probabilities[first_equal(c.logits, vocab, (float)c.max)] = 1;
         return QLLM_OK;
     }
     double total = filter(&c, sampling);

@@ -2,8 +2,8 @@
  * then temperature, top_k, top_p, min_p, then the draw
  *     argmax_i (logit_i / temperature + g_i),   g_i = qllm_gumbel(seed, prompt, step, i)
  * over the kept tokens: an exact sample of their softmax (Gumbel-max), coupled across arms and
- * temperatures by common noise.  temperature 0 is greedy: argmax of the penalized logits, the lowest
- * id among equals; the other filters cannot change it. */
+ * temperatures by common noise.  temperature 0 is greedy: argmax of the penalized logits, the
+ * lowest id among equals; the other filters cannot change it. */
 #ifndef QLLM_CORE_SAMPLER_H
 #define QLLM_CORE_SAMPLER_H
 
@@ -37,8 +37,8 @@ typedef struct qllm_sampled {
                                0 when greedy */
 } qllm_sampled;
 
-/* Scratch bytes that qllm_sample and qllm_distribution need for one row; -1 where the vocabulary has
- * fewer than 1 or more than 2^31 - 1 tokens. */
+/* Scratch bytes that qllm_sample and qllm_distribution need for one row; -1 where the vocabulary
+ * has fewer than 1 or more than 2^31 - 1 tokens. */
 int64_t qllm_sample_scratch(int64_t vocab);
 
 /* logits (vocab) float32, not changed; history (n_history) token ids for the repetition penalty,
