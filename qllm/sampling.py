@@ -59,8 +59,8 @@ def sample(
     integers. `history` holds token ids: one sequence for one row or shared by all rows, or a
     sequence of n of them, any of which may be None.
 
-    A logit of -inf is a token that cannot be drawn. Raises `QllmValueError` for NaN, +inf, rows that
-    are all -inf, and every argument outside its range.
+    A logit of -inf is a token that cannot be drawn. Raises `QllmValueError` for NaN, +inf, rows
+    that are all -inf, and every argument outside its range.
     """
     return Sampled(
         *_core.sample(
@@ -102,7 +102,7 @@ class LogitStats:
     delta_p: np.ndarray
     """q[target] - p[target]; 0 without a target."""
     same_top: np.ndarray = field(repr=False)
-    """(n,) bool, or one bool for one row: whether the argmax (lowest id among equals) is the same."""
+    """(n,) bool, or one bool for one row: whether the argmax, lowest id among equals, is one."""
 
     @property
     def agreement(self) -> np.ndarray:

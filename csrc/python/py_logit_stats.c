@@ -122,8 +122,8 @@ static PyObject *py_logit_stats(PyObject *module, PyObject *args, PyObject *kwar
             goto out;
         c.targets = qllm_array_data(target_array);
     }
-    if (qllm_alloc(&c.scratch, qllm_logit_stats_scratch(c.ref.vocab), 1, "the scratch of logit_stats",
-                   &error) != QLLM_OK) {
+    if (qllm_alloc(&c.scratch, qllm_logit_stats_scratch(c.ref.vocab), 1,
+                   "the scratch of logit_stats", &error) != QLLM_OK) {
         qllm_raise(state, &error);
         goto out;
     }

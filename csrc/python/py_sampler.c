@@ -143,7 +143,7 @@ static int batch_parse(const qllm_state *state, PyObject *logits,
     return parse_history(state, parameters[HISTORY], b);
 }
 
-/* ------------------------------------------------------------------------------ sample and friends */
+/* --------------------------------------------------------------------------- sample and friends */
 
 typedef struct sample_context {
     batch batch;
@@ -194,7 +194,8 @@ static PyObject *py_sample(PyObject *module, PyObject *args, PyObject *kwargs)
     arrays[0] = qllm_array_new(QLLM_ARRAY_I64, 1, &r->n, (void **)&c.tokens);
     arrays[1] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.logprobs);
     arrays[2] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.sampling_logprobs);
-    if (!arrays[0] || !arrays[1] || !arrays[2] || qllm_each_row(state, r, r->vocab, sample_row, &c) < 0)
+    if (!arrays[0] || !arrays[1] || !arrays[2] ||
+        qllm_each_row(state, r, r->vocab, sample_row, &c) < 0)
         goto out;
     for (int i = 0; i < 3; i++)
         arrays[i] = qllm_row_result(arrays[i], r->single);
@@ -230,7 +231,7 @@ static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwa
     return result;
 }
 
-/* --------------------------------------------------------------------------------------- logprobs */
+/* ------------------------------------------------------------------------------------- logprobs */
 
 typedef struct logprob_context {
     qllm_rows logits;
@@ -266,7 +267,7 @@ static PyObject *py_logprobs(PyObject *module, PyObject *args, PyObject *kwargs)
     return result;
 }
 
-/* ------------------------------------------------------------------------------------------ noise */
+/* ---------------------------------------------------------------------------------------- noise */
 
 static PyObject *py_gumbel(PyObject *module, PyObject *args, PyObject *kwargs)
 {
