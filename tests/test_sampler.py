@@ -1,4 +1,4 @@
-"""The sampler against the logits processors of transformers, its own published formulas, and chance.
+"""The sampler against the logits processors of transformers, published formulas, and chance.
 
 Where probability decides, seeds are fixed, so that a test that passes once passes always."""
 
@@ -15,7 +15,7 @@ from scipy import stats
 import qllm
 from qllm import _core
 
-# ------------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 
 # Random123, tests/kat_vectors, the lines "philox4x32 10": counter, key, result.
 KNOWN_ANSWERS = [
@@ -78,7 +78,7 @@ def test_each_of_seed_prompt_and_step_gives_other_independent_noise() -> None:
     assert np.abs(correlation).max() < 0.05
 
 
-# ------------------------------------------------------------- distributions, against transformers
+# -------------------------------------------------------------- distributions, against transformers
 
 
 def by_transformers(logits: np.ndarray, history: list[int], s: dict[str, Any]) -> np.ndarray:
@@ -178,7 +178,7 @@ def test_permuting_the_vocabulary_permutes_the_distribution(seed: int, n: int, k
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------------------- draws
 
 
 def draws(logits: np.ndarray, n: int, **setting: Any) -> np.ndarray:
@@ -224,6 +224,18 @@ def test_a_draw_is_the_argmax_of_logits_and_noise() -> None:
         for row in range(20):
             noise = _core.gumbel(2**64 - 1, 5, row, np.arange(vocab))
             assert found.tokens[row] == np.argmax(logits[row].astype(np.float64) / 0.8 + noise)
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 40}, {"top_k": 3000}, {"top_p": 0.7}, {"min_p": 0.2}])
+def test_a_filtered_draw_is_the_argmax_over_the_kept_tokens(setting: dict[str, Any]) -> None:
+    rng = np.random.default_rng(7)
+    logits = rng.normal(0, 1.5, (20, 20_003)).astype(np.float32)
+    found = qllm.sample(logits, temperature=1.3, seed=9, step=range(20), **setting)
+    kept = _core.distribution(logits, temperature=1.3, **setting) > 0
+    assert 1 < kept.sum(1).min() and kept.sum(1).max() < 20_003
+    for row in range(20):
+        scores = logits[row].astype(np.float64) / 1.3 + _core.gumbel(9, 0, row, np.arange(20_003))
+        assert found.tokens[row] == np.argmax(np.where(kept[row], scores, -np.inf))
 
 
 def test_a_draw_does_not_depend_on_its_place_in_a_batch() -> None:
@@ -310,7 +322,7 @@ def test_common_noise_couples_temperatures_monotonically() -> None:
         assert (np.diff(_core.gumbel(1, 0, step, tokens)) >= 0).all()
 
 
-# ------------------------------------------------------------------------------------- logit_stats
+# -------------------------------------------------------------------------------------- logit_stats
 
 FIELDS = [
     "kl", "kl_reverse", "tv", "disagreement", "entropy_ref", "entropy_test", "max_ref", "delta_p",
