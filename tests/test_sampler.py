@@ -226,7 +226,9 @@ def test_a_draw_is_the_argmax_of_logits_and_noise() -> None:
             assert found.tokens[row] == np.argmax(logits[row].astype(np.float64) / 0.8 + noise)
 
 
-@pytest.mark.parametrize("setting", [{"top_k": 40}, {"top_k": 3000}, {"top_p": 0.7}, {"min_p": 0.2}])
+@pytest.mark.parametrize(
+    "setting", [{"top_k": 40}, {"top_k": 3000}, {"top_p": 0.7}, {"min_p": 0.2}]
+)
 def test_a_filtered_draw_is_the_argmax_over_the_kept_tokens(setting: dict[str, Any]) -> None:
     rng = np.random.default_rng(7)
     logits = rng.normal(0, 1.5, (20, 20_003)).astype(np.float32)

@@ -3,6 +3,7 @@ argument, what was found and what is expected; every odd one with a sense has a 
 
 from __future__ import annotations
 
+import _thread
 import threading
 from typing import Any
 
@@ -313,6 +314,15 @@ def test_exceptions_of_foreign_objects_pass_through() -> None:
         qllm.sample(LOGITS, temperature=Interrupting())
     with pytest.raises(ZeroDivisionError):
         qllm.sample(LOGITS, seed=Interrupting())
+
+
+def test_ctrl_c_ends_a_long_call() -> None:
+    rows = np.random.default_rng(4).normal(0, 2, (400, 20_000)).astype(np.float32)
+    timer = threading.Timer(0.05, _thread.interrupt_main)
+    with pytest.raises(KeyboardInterrupt):
+        timer.start()
+        qllm.logit_stats(rows, rows[::-1], np.linspace(0.1, 2, 100))
+        timer.join()  # not reached: the call would take many times as long
 
 
 def test_a_failed_allocation_is_reported_and_the_next_call_works() -> None:
