@@ -328,7 +328,7 @@ static void window_words(const candidates *c, const qllm_sampling *s, uint32_t s
 static int64_t race(const candidates *c, const qllm_sampling *s, uint32_t step)
 {
     double inverse = qllm_inverse_temperature(s->temperature), scores[WINDOW], best;
-    uint32_t words[WINDOW];
+    uint32_t words[WINDOW] = {0}; /* stale where a block cannot win: see window_words */
     int64_t winner = first_equal(c->logits, c->count, (float)c->max), stop;
     best = qllm_gumbel(s->seed, s->prompt, step, (uint32_t)c->ids[winner]);
     for (int64_t first = 0; first < c->count; first = stop) {
@@ -345,7 +345,8 @@ static int64_t race(const candidates *c, const qllm_sampling *s, uint32_t step)
         for (int64_t i = first; i < stop; i++) {
             uint32_t word = words[c->ids[i] % WINDOW];
             double score = scores[i - first];
-            if (score + QLLM_GUMBEL_MAX < best || score + qllm_gumbel_bound(word) < best)
+            /* | and not ||: the first is as good as random for a branch, the second nearly true */
+            if ((score + QLLM_GUMBEL_MAX < best) | (score + qllm_gumbel_bound(word) < best))
                 continue;
             score += qllm_gumbel_of(word);
             if (score > best || (score == best && i < winner)) {
