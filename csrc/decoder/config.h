@@ -43,4 +43,11 @@ typedef struct qllm_decoder_config {
 /* Refuses sizes below 1, above sane bounds, or that do not fit together, naming the field. */
 qllm_status qllm_decoder_config_check(const qllm_decoder_config *config, qllm_error *error);
 
+/* A copy that owns its arrays (those that do not apply are NULL in it); on failure *out is empty. */
+qllm_status qllm_decoder_config_copy(const qllm_decoder_config *config, qllm_decoder_config *out,
+                                     qllm_error *error);
+
+/* Frees the arrays of a copy and empties it. */
+void qllm_decoder_config_clear(qllm_decoder_config *copy);
+
 #endif

@@ -1,0 +1,116 @@
+/* The coarse seam: what a device offers, as one table of functions.  The CPU fills it with decoder/
+ * and cpu/ (decoder/cpu_backend.c); a plugin fills it with its own kernels.  Whoever assembles the
+ * program registers the entries, so that nothing in core knows a device.
+ *
+ * A decoder is used by one step at a time: the device serialises set_*, step, fork and truncate by
+ * itself, so every function may be called from any thread.  No function prints, exits or aborts. */
+#ifndef QLLM_CORE_BACKEND_H
+#define QLLM_CORE_BACKEND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/qweight.h"
+
+enum { QLLM_BACKEND_ABI = 1, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
+
+struct qllm_decoder_config; /* decoder/config.h: the same for every device */
+
+typedef struct qllm_decoder qllm_decoder;   /* each device defines its own */
+typedef struct qllm_sequence qllm_sequence; /* keys and values of one sequence, on the device */
+
+typedef struct qllm_decoder_options {
+    const char *variant;  /* kernel variant (the instruction set of a CPU); NULL: the device's choice */
+    int threads;          /* host threads; 0: the device's choice */
+    float int8_threshold; /* outliers of LLM.int8(): |x| >= threshold; <= 0 switches them off */
+    bool int8_batch;      /* bitsandbytes' per-batch form: a row then depends on the others */
+} qllm_decoder_options;
+
+typedef enum qllm_slot_kind {
+    QLLM_SLOT_LINEAR,    /* (rows, cols), any format, with an optional bias (rows) */
+    QLLM_SLOT_VECTOR,    /* float32 (rows) */
+    QLLM_SLOT_EMBEDDING  /* (rows, cols), a float format */
+} qllm_slot_kind;
+
+typedef struct qllm_slot {
+    char name[QLLM_SLOT_NAME_CAPACITY];
+    qllm_slot_kind kind;
+    int64_t rows, cols; /* cols is 1 for a vector */
+    bool optional;      /* zero when it is not set */
+    bool set;
+} qllm_slot;
+
+/* Bytes held now. */
+typedef struct qllm_decoder_bytes {
+    int64_t weights;   /* linear layers with their biases, and vectors */
+    int64_t embedding;
+    int64_t kv_cache;  /* keys and values of all sequences, shared parts counted once */
+    int64_t scratch;   /* everything else that lasts: buffers of a step, position tables */
+} qllm_decoder_bytes;
+
+typedef struct qllm_decoder_info {
+    const char *variant; /* texts live as long as the decoder */
+    const char *model;   /* of the processor */
+    const char *compute; /* "exact" */
+    int threads;
+    float int8_threshold;
+    bool int8_batch;
+} qllm_decoder_info;
+
+typedef struct qllm_backend {
+    int abi;          /* QLLM_BACKEND_ABI of the headers it was built with */
+    const char *name; /* "cpu" */
+
+    /* The config and what it points to are copied. */
+    qllm_status (*decoder_create)(const struct qllm_decoder_config *config,
+                                  const qllm_decoder_options *options, qllm_decoder **out,
+                                  qllm_error *error);
+    void (*decoder_destroy)(qllm_decoder *decoder); /* after its sequences; NULL is allowed */
+
+    /* Slots in a stable order. */
+    int64_t (*slot_count)(const qllm_decoder *decoder);
+    void (*slot)(qllm_decoder *decoder, int64_t index, qllm_slot *out);
+
+    /* Each copies, and replaces what the slot held; on failure the slot keeps what it had. */
+    qllm_status (*set_linear)(qllm_decoder *decoder, const char *slot, const qllm_qweight *weight,
+                              const float *bias, int64_t bias_length, qllm_error *error);
+    qllm_status (*set_vector)(qllm_decoder *decoder, const char *slot, const float *values,
+                              int64_t n, qllm_error *error);
+    qllm_status (*set_embedding)(qllm_decoder *decoder, const qllm_qweight *weight,
+                                 qllm_error *error);
+    /* The standard bytes of a linear slot or of the embedding, as they were set; the caller clears. */
+    qllm_status (*get_linear)(qllm_decoder *decoder, const char *slot, qllm_qweight *out,
+                              qllm_error *error);
+
+    qllm_status (*sequence_create)(qllm_decoder *decoder, qllm_sequence **out, qllm_error *error);
+    /* A sequence that shares what `from` has stored so far; both go on independently. */
+    qllm_status (*sequence_fork)(qllm_sequence *from, qllm_sequence **out, qllm_error *error);
+    qllm_status (*sequence_truncate)(qllm_sequence *sequence, int64_t length, qllm_error *error);
+    int64_t (*sequence_length)(const qllm_sequence *sequence);
+    void (*sequence_destroy)(qllm_sequence *sequence); /* NULL is allowed */
+
+    /* One row per (sequences[i], tokens[i]), n >= 0; the rows of one sequence are consecutive and
+     * are its next positions.  want (n), or NULL for all rows; logits (wanted rows, vocab) float32
+     * in the order of the rows.  On failure no sequence has changed. */
+    qllm_status (*step)(qllm_decoder *decoder, qllm_sequence *const *sequences,
+                        const int64_t *tokens, const bool *want, int64_t n, float *logits,
+                        qllm_error *error);
+
+    void (*nbytes)(qllm_decoder *decoder, qllm_decoder_bytes *out);
+    void (*info)(const qllm_decoder *decoder, qllm_decoder_info *out);
+    /* The distinct names of the kernels that linear layers of `format` run with: at most `capacity`
+     * into `names`, returns how many; 0 when no slot holds the format.  Static texts. */
+    int (*kernels)(qllm_decoder *decoder, qllm_format format, const char **names, int capacity);
+} qllm_backend;
+
+/* Adds an entry, which must last for the life of the process.  Registering the same entry again is
+ * allowed; another ABI number or a second entry of the same name is an error. */
+qllm_status qllm_backend_register(const qllm_backend *backend, qllm_error *error);
+
+/* The entry of that name; an unknown one is refused with the list of those that there are. */
+qllm_status qllm_backend_find(const char *name, const qllm_backend **out, qllm_error *error);
+
+/* Entry `index` in order of registration, NULL behind the last. */
+const qllm_backend *qllm_backend_at(int index);
+
+#endif
