@@ -19,6 +19,7 @@ static int type_number(qllm_array_kind kind)
     case QLLM_ARRAY_I8: return NPY_INT8;
     case QLLM_ARRAY_U16: return NPY_UINT16;
     case QLLM_ARRAY_F16: return NPY_FLOAT16;
+    case QLLM_ARRAY_BOOL: return NPY_BOOL;
     }
     return NPY_NOTYPE;
 }
@@ -33,6 +34,7 @@ static const char *kind_name(qllm_array_kind kind)
     case QLLM_ARRAY_I8: return "int8";
     case QLLM_ARRAY_U16: return "uint16";
     case QLLM_ARRAY_F16: return "float16";
+    case QLLM_ARRAY_BOOL: return "bool";
     }
     return "";
 }

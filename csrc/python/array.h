@@ -13,7 +13,8 @@ typedef enum qllm_array_kind {
     QLLM_ARRAY_U8,
     QLLM_ARRAY_I8,
     QLLM_ARRAY_U16,
-    QLLM_ARRAY_F16
+    QLLM_ARRAY_F16,
+    QLLM_ARRAY_BOOL
 } qllm_array_kind;
 
 /* Imports the NumPy C API; once, from the module's exec slot. */

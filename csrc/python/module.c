@@ -76,6 +76,7 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->unsupported_error);
     Py_VISIT(state->quantized_tensor_type);
     Py_VISIT(state->decoder_type);
+    Py_VISIT(state->sequence_type);
     return 0;
 }
 
@@ -88,6 +89,7 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->unsupported_error);
     Py_CLEAR(state->quantized_tensor_type);
     Py_CLEAR(state->decoder_type);
+    Py_CLEAR(state->sequence_type);
     return 0;
 }
 

@@ -1,7 +1,610 @@
-#include "python/state.h"
+/* The types qllm._core.Decoder and qllm._core.Sequence, over the table of a device. */
+#include "python/py_decoder.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/alloc.h"
+#include "decoder/cpu_backend.h"
+#include "python/arguments.h"
+#include "python/array.h"
+#include "python/py_quant.h"
+
+typedef struct decoder_object {
+    PyObject_HEAD
+    const qllm_backend *backend;
+    qllm_decoder *decoder;
+} decoder_object;
+
+typedef struct sequence_object {
+    PyObject_HEAD
+    decoder_object *owner; /* keeps the decoder alive */
+    qllm_sequence *sequence;
+} sequence_object;
+
+/* Sequence --------------------------------------------------------------------------------------- */
+
+/* A new Sequence that takes over `sequence`, also on failure. */
+static PyObject *wrap_sequence(decoder_object *owner, qllm_sequence *sequence)
+{
+    PyTypeObject *type = qllm_state_of_type(Py_TYPE(owner))->sequence_type;
+    sequence_object *self = (sequence_object *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        owner->backend->sequence_destroy(sequence);
+        return NULL;
+    }
+    self->owner = (decoder_object *)Py_NewRef(owner);
+    self->sequence = sequence;
+    return (PyObject *)self;
+}
+
+static int sequence_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((sequence_object *)self)->owner);
+    return 0;
+}
+
+static void sequence_dealloc(PyObject *object)
+{
+    sequence_object *self = (sequence_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    if (self->owner != NULL)
+        self->owner->backend->sequence_destroy(self->sequence);
+    Py_XDECREF(self->owner);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static PyObject *sequence_get_length(PyObject *object, void *closure)
+{
+    sequence_object *self = (sequence_object *)object;
+    (void)closure;
+    return PyLong_FromLongLong(self->owner->backend->sequence_length(self->sequence));
+}
+
+static PyObject *sequence_fork(PyObject *object, PyObject *unused)
+{
+    sequence_object *self = (sequence_object *)object;
+    qllm_sequence *fork;
+    qllm_error error;
+    qllm_status status;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    status = self->owner->backend->sequence_fork(self->sequence, &fork, &error);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK)
+        return qllm_raise(qllm_state_of_type(Py_TYPE(object)), &error);
+    return wrap_sequence(self->owner, fork);
+}
+
+static PyObject *sequence_truncate(PyObject *object, PyObject *argument)
+{
+    sequence_object *self = (sequence_object *)object;
+    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
+    qllm_error error;
+    qllm_status status;
+    int64_t length;
+    if (qllm_to_int64(state, argument, "length", &length) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = self->owner->backend->sequence_truncate(self->sequence, length, &error);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK)
+        return qllm_raise(state, &error);
+    Py_RETURN_NONE;
+}
+
+static PyGetSetDef sequence_getset[] = {
+    {"length", sequence_get_length, NULL, "Positions stored so far.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMethodDef sequence_methods[] = {
+    {"fork", sequence_fork, METH_NOARGS,
+     "fork()\n--\n\nA new Sequence that shares the keys and values stored so far (they are stored once "
+     "and never\nchanged); both go on independently."},
+    {"truncate", sequence_truncate, METH_O,
+     "truncate(length, /)\n--\n\nForget the positions from `length` on, 0 <= length <= self.length; "
+     "shared parts are never changed."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot sequence_slots[] = {
+    {Py_tp_doc, "The keys and values of one sequence, made by Decoder.sequence() or fork(); freed with "
+                "the object."},
+    {Py_tp_dealloc, sequence_dealloc},
+    {Py_tp_traverse, sequence_traverse},
+    {Py_tp_getset, sequence_getset},
+    {Py_tp_methods, sequence_methods},
+    {0, NULL},
+};
+
+static PyType_Spec sequence_spec = {
+    .name = "qllm._core.Sequence",
+    .basicsize = sizeof(sequence_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE |
+             Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = sequence_slots,
+};
+
+/* Decoder: making and freeing -------------------------------------------------------------------- */
+
+static int parse_options(const qllm_state *state, PyObject *threads, PyObject *threshold,
+                         const char *outliers, qllm_decoder_options *options)
+{
+    double limit;
+    int64_t count;
+    if (threads != Py_None) {
+        if (qllm_to_int64(state, threads, "threads", &count) < 0)
+            return -1;
+        if (count < 1 || count > 65536) {
+            qllm_raise_value(state, "threads: %lld, expected 1 to 65536, or None for all that this "
+                             "process may use", (long long)count);
+            return -1;
+        }
+        options->threads = (int)count;
+    }
+    if (threshold != NULL) {
+        if (qllm_to_double(state, threshold, "int8_threshold", &limit) < 0)
+            return -1;
+        if (!isfinite(limit)) {
+            qllm_raise_value(state, "int8_threshold: %R, expected a finite number (0 or less switches "
+                             "the outliers off)", threshold);
+            return -1;
+        }
+        options->int8_threshold = (float)limit;
+    }
+    options->int8_batch = strcmp(outliers, "batch") == 0;
+    if (!options->int8_batch && strcmp(outliers, "row") != 0) {
+        qllm_raise_value(state, "int8_outliers: '%s', expected 'row' or 'batch'", outliers);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"config", "device", "threads", "isa", "int8_threshold", "int8_outliers",
+                            NULL};
+    const qllm_state *state = qllm_state_of_type(type);
+    PyObject *dict, *threads = Py_None, *threshold = NULL;
+    const char *device = "cpu", *outliers = "row";
+    qllm_decoder_options options = {.variant = NULL, .int8_threshold = 6.0f};
+    qllm_parsed_config parsed;
+    qllm_error error;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$sOzOs:Decoder", names, &dict, &device,
+                                     &threads, &options.variant, &threshold, &outliers) ||
+        parse_options(state, threads, threshold, outliers, &options) < 0)
+        return NULL;
+    decoder_object *self = (decoder_object *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    int failed = qllm_parse_config(state, dict, &parsed) < 0;
+    if (!failed && (qllm_backend_find(device, &self->backend, &error) != QLLM_OK ||
+                    self->backend->decoder_create(&parsed.config, &options, &self->decoder,
+                                                  &error) != QLLM_OK)) {
+        qllm_raise(state, &error);
+        failed = 1;
+    }
+    qllm_parsed_config_clear(&parsed);
+    if (failed)
+        Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+static int decoder_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    return 0;
+}
+
+static void decoder_dealloc(PyObject *object)
+{
+    decoder_object *self = (decoder_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    if (self->backend != NULL)
+        self->backend->decoder_destroy(self->decoder);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+/* Decoder: weights ------------------------------------------------------------------------------- */
+
+/* Asks for one slot without the GIL: a step in another thread may hold the device's lock. */
+static void describe_slot(const decoder_object *self, int64_t index, qllm_slot *slot)
+{
+    Py_BEGIN_ALLOW_THREADS
+    self->backend->slot(self->decoder, index, slot);
+    Py_END_ALLOW_THREADS
+}
+
+static PyObject *decoder_slots(PyObject *object, PyObject *unused)
+{
+    decoder_object *self = (decoder_object *)object;
+    PyObject *result = PyDict_New();
+    (void)unused;
+    for (int64_t i = 0; result != NULL && i < self->backend->slot_count(self->decoder); i++) {
+        qllm_slot slot;
+        describe_slot(self, i, &slot);
+        PyObject *shape = slot.kind == QLLM_SLOT_VECTOR
+                              ? Py_BuildValue("(L)", (long long)slot.rows)
+                              : Py_BuildValue("(LL)", (long long)slot.rows, (long long)slot.cols);
+        if (shape == NULL || PyDict_SetItemString(result, slot.name, shape) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(shape);
+    }
+    return result;
+}
+
+static PyObject *decoder_missing(PyObject *object, PyObject *unused)
+{
+    decoder_object *self = (decoder_object *)object;
+    PyObject *result = PyList_New(0);
+    (void)unused;
+    for (int64_t i = 0; result != NULL && i < self->backend->slot_count(self->decoder); i++) {
+        qllm_slot slot;
+        describe_slot(self, i, &slot);
+        if (slot.set || slot.optional)
+            continue;
+        PyObject *name = PyUnicode_FromString(slot.name);
+        if (name == NULL || PyList_Append(result, name) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(name);
+    }
+    return result;
+}
+
+static PyObject *decoder_set_linear(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"slot", "weight", "bias", NULL};
+    decoder_object *self = (decoder_object *)object;
+    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
+    PyObject *tensor, *bias_object = Py_None, *bias = NULL;
+    const char *slot;
+    qllm_error error;
+    qllm_status status;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO|O:set_linear", names, &slot, &tensor,
+                                     &bias_object))
+        return NULL;
+    const qllm_qweight *weight = qllm_quantized_tensor_weight(state, tensor);
+    if (weight == NULL)
+        return NULL;
+    if (bias_object != Py_None) {
+        bias = qllm_array_input(state, bias_object, QLLM_ARRAY_F32, 1, 1, "bias");
+        if (bias == NULL)
+            return NULL;
+    }
+    const float *values = bias != NULL ? qllm_array_data(bias) : NULL;
+    int64_t length = bias != NULL ? qllm_array_size(bias) : 0;
+    Py_BEGIN_ALLOW_THREADS
+    status = self->backend->set_linear(self->decoder, slot, weight, values, length, &error);
+    Py_END_ALLOW_THREADS
+    Py_XDECREF(bias);
+    if (status != QLLM_OK)
+        return qllm_raise(state, &error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *decoder_set_vector(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"slot", "values", NULL};
+    decoder_object *self = (decoder_object *)object;
+    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
+    PyObject *values;
+    const char *slot;
+    qllm_error error;
+    qllm_status status;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO:set_vector", names, &slot, &values))
+        return NULL;
+    PyObject *array = qllm_array_input(state, values, QLLM_ARRAY_F32, 1, 1, slot);
+    if (array == NULL)
+        return NULL;
+    const float *data = qllm_array_data(array);
+    int64_t n = qllm_array_size(array);
+    Py_BEGIN_ALLOW_THREADS
+    status = self->backend->set_vector(self->decoder, slot, data, n, &error);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(array);
+    if (status != QLLM_OK)
+        return qllm_raise(state, &error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *decoder_set_embedding(PyObject *object, PyObject *tensor)
+{
+    decoder_object *self = (decoder_object *)object;
+    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
+    const qllm_qweight *weight = qllm_quantized_tensor_weight(state, tensor);
+    qllm_error error;
+    qllm_status status;
+    if (weight == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = self->backend->set_embedding(self->decoder, weight, &error);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK)
+        return qllm_raise(state, &error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *decoder_linear(PyObject *object, PyObject *argument)
+{
+    decoder_object *self = (decoder_object *)object;
+    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
+    qllm_qweight weight;
+    qllm_error error;
+    qllm_status status;
+    if (!PyUnicode_Check(argument)) {
+        PyErr_Format(PyExc_TypeError, "slot: expected a str, found %s", Py_TYPE(argument)->tp_name);
+        return NULL;
+    }
+    const char *slot = PyUnicode_AsUTF8(argument);
+    if (slot == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = self->backend->get_linear(self->decoder, slot, &weight, &error);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK)
+        return qllm_raise(state, &error);
+    return qllm_quantized_tensor_wrap(state, &weight, NULL);
+}
+
+/* Decoder: steps --------------------------------------------------------------------------------- */
+
+static PyObject *decoder_sequence(PyObject *object, PyObject *unused)
+{
+    decoder_object *self = (decoder_object *)object;
+    qllm_sequence *sequence;
+    qllm_error error;
+    (void)unused;
+    if (self->backend->sequence_create(self->decoder, &sequence, &error) != QLLM_OK)
+        return qllm_raise(qllm_state_of_type(Py_TYPE(object)), &error);
+    return wrap_sequence(self, sequence);
+}
+
+/* The arguments of a step in memory of its own: nobody can change them while the GIL is released. */
+typedef struct step_arguments {
+    PyObject *objects; /* tuple that keeps the sequences alive */
+    qllm_sequence **sequences;
+    int64_t *tokens;
+    bool *want;
+    int64_t n, wanted;
+} step_arguments;
+
+static void clear_step(step_arguments *step)
+{
+    Py_CLEAR(step->objects);
+    qllm_free(step->sequences);
+    qllm_free(step->tokens);
+    qllm_free(step->want);
+}
+
+static int take_sequences(const qllm_state *state, decoder_object *self, PyObject *list,
+                          step_arguments *step)
+{
+    if (!PyList_Check(list) && !PyTuple_Check(list)) {
+        PyErr_Format(PyExc_TypeError, "sequences: expected a list of Sequence, found %s",
+                     Py_TYPE(list)->tp_name);
+        return -1;
+    }
+    step->objects = PySequence_Tuple(list);
+    if (step->objects == NULL)
+        return -1;
+    step->n = (int64_t)PyTuple_GET_SIZE(step->objects);
+    void *memory[3] = {NULL, NULL, NULL};
+    const int64_t sizes[3] = {sizeof(qllm_sequence *), sizeof(int64_t), sizeof(bool)};
+    qllm_error error;
+    qllm_status status = QLLM_OK;
+    for (int i = 0; i < 3 && status == QLLM_OK; i++)
+        status = qllm_alloc(&memory[i], step->n, sizes[i], "the rows of a step", &error);
+    step->sequences = memory[0];
+    step->tokens = memory[1];
+    step->want = memory[2];
+    if (status != QLLM_OK) {
+        qllm_raise(state, &error);
+        return -1;
+    }
+    for (int64_t i = 0; i < step->n; i++) {
+        PyObject *item = PyTuple_GET_ITEM(step->objects, (Py_ssize_t)i);
+        if (!Py_IS_TYPE(item, state->sequence_type)) {
+            PyErr_Format(PyExc_TypeError, "sequences[%lld]: expected a Sequence, found %s",
+                         (long long)i, Py_TYPE(item)->tp_name);
+            return -1;
+        }
+        if (((sequence_object *)item)->owner != self) {
+            qllm_raise_value(state, "sequences[%lld]: made by another decoder; use this decoder's "
+                             "sequence()", (long long)i);
+            return -1;
+        }
+        step->sequences[i] = ((sequence_object *)item)->sequence;
+    }
+    return 0;
+}
+
+/* Copies an array of n values of `size` bytes each. */
+static int take_values(const qllm_state *state, PyObject *object, qllm_array_kind kind, int64_t n,
+                       size_t size, const char *name, void *out)
+{
+    PyObject *array = qllm_array_input(state, object, kind, 1, 1, name);
+    if (array == NULL)
+        return -1;
+    int fits = qllm_array_size(array) == n;
+    if (fits)
+        memcpy(out, qllm_array_data(array), (size_t)n * size);
+    else
+        qllm_raise_value(state, "%s: %lld values for %lld sequences, expected one for each", name,
+                         (long long)qllm_array_size(array), (long long)n);
+    Py_DECREF(array);
+    return fits ? 0 : -1;
+}
+
+static PyObject *decoder_step(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"sequences", "tokens", "want", NULL};
+    decoder_object *self = (decoder_object *)object;
+    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
+    PyObject *list, *tokens, *want = Py_None, *logits = NULL;
+    step_arguments step = {0};
+    qllm_error error;
+    qllm_status status;
+    void *data;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:step", names, &list, &tokens, &want))
+        return NULL;
+    int failed = take_sequences(state, self, list, &step) < 0 ||
+                 take_values(state, tokens, QLLM_ARRAY_I64, step.n, sizeof(int64_t), "tokens",
+                             step.tokens) < 0;
+    if (!failed && want != Py_None)
+        failed = take_values(state, want, QLLM_ARRAY_BOOL, step.n, sizeof(bool), "want",
+                             step.want) < 0;
+    for (int64_t i = 0; !failed && i < step.n; i++) {
+        step.want[i] = want == Py_None || step.want[i];
+        step.wanted += step.want[i];
+    }
+    if (!failed) {
+        qllm_slot embedding;
+        describe_slot(self, 0, &embedding);
+        int64_t shape[2] = {step.wanted, embedding.rows};
+        logits = qllm_array_new(QLLM_ARRAY_F32, 2, shape, &data);
+    }
+    if (logits != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        status = self->backend->step(self->decoder, step.sequences, step.tokens, step.want, step.n,
+                                     data, &error);
+        Py_END_ALLOW_THREADS
+        if (status != QLLM_OK) {
+            Py_CLEAR(logits);
+            qllm_raise(state, &error);
+        }
+    }
+    clear_step(&step);
+    return logits;
+}
+
+/* Decoder: reports ------------------------------------------------------------------------------- */
+
+static PyObject *decoder_nbytes(PyObject *object, PyObject *unused)
+{
+    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_bytes bytes;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    self->backend->nbytes(self->decoder, &bytes);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("{s:L,s:L,s:L,s:L}", "weights", (long long)bytes.weights, "embedding",
+                         (long long)bytes.embedding, "kv_cache", (long long)bytes.kv_cache,
+                         "scratch", (long long)bytes.scratch);
+}
+
+/* The names of the kernels of one format as a list; NULL without an exception when there are none. */
+static PyObject *kernel_list(const decoder_object *self, qllm_format format)
+{
+    enum { CAPACITY = 32 };
+    const char *texts[CAPACITY];
+    int count;
+    Py_BEGIN_ALLOW_THREADS
+    count = self->backend->kernels(self->decoder, format, texts, CAPACITY);
+    Py_END_ALLOW_THREADS
+    PyObject *list = count > 0 ? PyList_New(0) : NULL;
+    for (int i = 0; list != NULL && i < count; i++) {
+        PyObject *text = PyUnicode_FromString(texts[i]);
+        if (text == NULL || PyList_Append(list, text) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(text);
+    }
+    return list;
+}
+
+static PyObject *decoder_info(PyObject *object, PyObject *unused)
+{
+    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_info info;
+    (void)unused;
+    PyObject *kernels = PyDict_New();
+    for (int f = 0; kernels != NULL && f < QLLM_FORMAT_COUNT; f++) {
+        PyObject *list = kernel_list(self, (qllm_format)f);
+        if (list == NULL && !PyErr_Occurred())
+            continue;
+        if (list == NULL || PyDict_SetItemString(kernels, qllm_format_name((qllm_format)f), list) < 0)
+            Py_CLEAR(kernels);
+        Py_XDECREF(list);
+    }
+    if (kernels == NULL)
+        return NULL;
+    self->backend->info(self->decoder, &info);
+    return Py_BuildValue("{s:s,s:s,s:i,s:s,s:s,s:N,s:d,s:s}", "device", self->backend->name, "isa",
+                         info.variant, "threads", info.threads, "cpu_model", info.model, "compute",
+                         info.compute, "kernels", kernels, "int8_threshold",
+                         (double)info.int8_threshold, "int8_outliers",
+                         info.int8_batch ? "batch" : "row");
+}
+
+static PyMethodDef decoder_methods[] = {
+    {"slots", decoder_slots, METH_NOARGS,
+     "slots()\n--\n\nEvery slot this config needs and its shape, in a stable order; those of linear "
+     "layers and of the\nembedding are (rows, cols)."},
+    {"missing", decoder_missing, METH_NOARGS,
+     "missing()\n--\n\nThe slots that are needed and not set yet; step raises while there are any."},
+    {"set_linear", (PyCFunction)(void (*)(void))decoder_set_linear, METH_VARARGS | METH_KEYWORDS,
+     "set_linear(slot, weight, bias=None)\n--\n\nPacks a QuantizedTensor (rows, cols) of any format "
+     "and a bias, float32 (rows,), into a linear\nslot; what was there is kept on failure."},
+    {"set_vector", (PyCFunction)(void (*)(void))decoder_set_vector, METH_VARARGS | METH_KEYWORDS,
+     "set_vector(slot, values)\n--\n\nSets the weight or bias of a norm, float32 (n,)."},
+    {"set_embedding", decoder_set_embedding, METH_O,
+     "set_embedding(weight, /)\n--\n\nSets the input embedding: a QuantizedTensor (vocab, hidden) of a "
+     "float format."},
+    {"linear", decoder_linear, METH_O,
+     "linear(slot, /)\n--\n\nThe weight of a linear slot or of the embedding as a QuantizedTensor: the "
+     "bytes that were set."},
+    {"sequence", decoder_sequence, METH_NOARGS, "sequence()\n--\n\nA new, empty Sequence."},
+    {"step", (PyCFunction)(void (*)(void))decoder_step, METH_VARARGS | METH_KEYWORDS,
+     "step(sequences, tokens, want=None)\n--\n\nLogits, float32 (wanted rows, vocab), of one row per "
+     "(sequences[i], tokens[i]): the rows of a\nsequence are consecutive and are its next positions. "
+     "want: bool (n,), default all.  On any error no\nsequence has changed.  A row's logits are the "
+     "same bits whatever stands beside it, except with\nint8_outliers=\"batch\", where the rows of a "
+     "chunk share their outlier columns by definition."},
+    {"info", decoder_info, METH_NOARGS,
+     "info()\n--\n\ndevice, isa, threads, cpu_model, compute, kernels ({format: [names]}), "
+     "int8_threshold, int8_outliers."},
+    {"nbytes", decoder_nbytes, METH_NOARGS,
+     "nbytes()\n--\n\nBytes held now: weights, embedding, kv_cache, scratch."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot decoder_type_slots[] = {
+    {Py_tp_doc, "Decoder(config, *, device='cpu', threads=None, isa=None, int8_threshold=6.0, "
+                "int8_outliers='row')\n--\n\nA decoder of transformer blocks: weights by slot, "
+                "sequences that fork, steps of a batch.\nconfig: the fields of csrc/decoder/config.h."},
+    {Py_tp_new, decoder_new},
+    {Py_tp_dealloc, decoder_dealloc},
+    {Py_tp_traverse, decoder_traverse},
+    {Py_tp_methods, decoder_methods},
+    {0, NULL},
+};
+
+static PyType_Spec decoder_spec = {
+    .name = "qllm._core.Decoder",
+    .basicsize = sizeof(decoder_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = decoder_type_slots,
+};
+
+static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **out)
+{
+    *out = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *out == NULL ? -1 : PyModule_AddType(module, *out);
+}
 
 int qllm_setup_decoder(PyObject *module)
 {
-    (void)module;
-    return 0;
+    qllm_state *state = qllm_state_of(module);
+    qllm_error error;
+    if (qllm_backend_register(&qllm_cpu_backend, &error) != QLLM_OK) {
+        qllm_raise(state, &error);
+        return -1;
+    }
+    return add_type(module, &sequence_spec, &state->sequence_type) < 0 ||
+                   add_type(module, &decoder_spec, &state->decoder_type) < 0 ? -1 : 0;
 }

@@ -15,6 +15,7 @@ typedef struct qllm_state {
     PyObject *base_error;        /* QllmError */
     PyTypeObject *quantized_tensor_type;
     PyTypeObject *decoder_type;
+    PyTypeObject *sequence_type;
     struct qllm_pools *pools; /* thread pools, py_cpu.c */
 } qllm_state;
 
