@@ -135,7 +135,7 @@ qllm_status qllm_kv_reserve(qllm_sequence *sequence, int64_t count, qllm_error *
         int64_t capacity = left > 2 * last_capacity ? left : 2 * last_capacity;
         capacity = capacity < QLLM_KV_BLOCK_MAX ? capacity : QLLM_KV_BLOCK_MAX;
         capacity = (capacity + QLLM_KV_PANEL - 1) / QLLM_KV_PANEL * QLLM_KV_PANEL;
-        qllm_kv_block *block;
+        qllm_kv_block *block = NULL;
         qllm_status status = create_block(sequence->cache, sequence->pending_tail, at, capacity,
                                           &block, error);
         if (status != QLLM_OK) {
