@@ -30,14 +30,12 @@ qllm_status qllm_backend_register(const qllm_backend *backend, qllm_error *error
 
 static void list_names(char *text, size_t capacity)
 {
+    size_t length = 0;
     text[0] = '\0';
-    for (int i = 0; qllm_backend_at(i) != NULL; i++) {
-        const char *name = qllm_backend_at(i)->name;
-        if (strlen(text) + strlen(name) + 3 > capacity)
-            return;
-        if (i > 0)
-            strcat(text, ", ");
-        strcat(text, name);
+    for (int i = 0; qllm_backend_at(i) != NULL && length < capacity; i++) {
+        qllm_format_text(text + length, capacity - length, "%s%s", i > 0 ? ", " : "",
+                         qllm_backend_at(i)->name);
+        length += strlen(text + length);
     }
 }
 

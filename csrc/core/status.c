@@ -14,3 +14,11 @@ qllm_status qllm_fail(qllm_error *error, qllm_status status, const char *format,
     }
     return status;
 }
+
+void qllm_format_text(char *out, size_t capacity, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(out, capacity, format, arguments);
+    va_end(arguments);
+}

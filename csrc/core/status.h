@@ -5,6 +5,8 @@
 #ifndef QLLM_CORE_STATUS_H
 #define QLLM_CORE_STATUS_H
 
+#include <stddef.h>
+
 typedef enum qllm_status {
     QLLM_OK = 0,
     QLLM_VALUE = 1,       /* a value, shape, dtype or option that cannot be used */
@@ -31,5 +33,8 @@ typedef struct qllm_error {
  * `return qllm_fail(error, QLLM_VALUE, "...", ...)`.  The format string is that of printf. */
 qllm_status qllm_fail(qllm_error *error, qllm_status status, const char *format, ...)
     QLLM_PRINTF(3, 4);
+
+/* Formats a text into out (capacity >= 1 bytes), cut to fit and always NUL-terminated. */
+void qllm_format_text(char *out, size_t capacity, const char *format, ...) QLLM_PRINTF(3, 4);
 
 #endif

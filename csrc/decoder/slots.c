@@ -1,7 +1,6 @@
 #include "decoder/slots.h"
 
 #include <inttypes.h>
-#include <stdio.h> /* snprintf */
 #include <string.h>
 
 static const char *const part_names[QLLM_PART_COUNT] = {
@@ -77,6 +76,11 @@ static void shape(qllm_slot *slot, qllm_slot_kind kind, int64_t rows, int64_t co
     slot->cols = cols;
 }
 
+static void set_name(qllm_slot *slot, const char *name)
+{
+    qllm_format_text(slot->name, sizeof slot->name, "%s", name);
+}
+
 static void describe_part(const qllm_decoder_config *config, qllm_part part, qllm_slot *out)
 {
     int64_t q_rows = config->heads * config->head_dim;
@@ -108,7 +112,8 @@ static void describe_layer_slot(const qllm_decoder_config *config, int64_t index
     for (int part = 0; part < QLLM_PART_COUNT; part++)
         if (qllm_slot_of_part(config, layer, (qllm_part)part) == index) {
             describe_part(config, (qllm_part)part, out);
-            snprintf(out->name, sizeof out->name, "layers.%" PRId64 ".%s", layer, part_names[part]);
+            qllm_format_text(out->name, sizeof out->name, "layers.%" PRId64 ".%s", layer,
+                             part_names[part]);
         }
 }
 
@@ -117,16 +122,16 @@ void qllm_slot_describe(const qllm_decoder_config *config, int64_t index, qllm_s
     memset(out, 0, sizeof *out);
     if (index == qllm_slot_of_embedding(config)) {
         shape(out, QLLM_SLOT_EMBEDDING, config->vocab, config->hidden);
-        strcpy(out->name, "embedding");
+        set_name(out, "embedding");
     } else if (index < qllm_slot_of_final_norm(config)) {
         describe_layer_slot(config, index, out);
     } else if (index == qllm_slot_of_head(config)) {
         shape(out, QLLM_SLOT_LINEAR, config->vocab, config->hidden);
-        strcpy(out->name, "head");
+        set_name(out, "head");
     } else {
         out->optional = index == qllm_slot_of_final_norm_bias(config);
         shape(out, QLLM_SLOT_VECTOR, config->hidden, 1);
-        strcpy(out->name, out->optional ? "final_norm.bias" : "final_norm.weight");
+        set_name(out, out->optional ? "final_norm.bias" : "final_norm.weight");
     }
 }
 
