@@ -168,3 +168,54 @@ def linear_name(weight: QuantizedTensor, m: int, *, isa: str | None = None) -> s
     """Which kernel multiplies m rows by this weight."""
 
 def pack_roundtrip(weight: QuantizedTensor, /) -> QuantizedTensor: ...
+
+# the decoder: csrc/python/py_decoder.c over csrc/core/backend.h
+
+@final
+class Sequence:
+    """The keys and values of one sequence, made by Decoder.sequence() or fork(); freed with it."""
+
+    @property
+    def length(self) -> int:
+        """Positions stored so far."""
+    def fork(self) -> Sequence:
+        """Shares what is stored so far (stored once, read-only); both go on independently."""
+    def truncate(self, length: int, /) -> None:
+        """Forgets positions >= length; shared parts are never changed."""
+
+@final
+class Decoder:
+    def __new__(
+        cls,
+        config: dict[str, Any],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        isa: str | None = None,
+        int8_threshold: float = 6.0,
+        int8_outliers: Literal["row", "batch"] = "row",
+    ) -> Decoder:
+        """config: the fields of csrc/decoder/config.h, enums as strings ("serial", "parallel",
+        "parallel2"; "rms", "layer"; "silu", "gelu", "gelu_tanh"; "rope", "alibi"), arrays as float32
+        or integer arrays. isa None: QLLM_CPU from the environment, else the best."""
+    def slots(self) -> dict[str, tuple[int, ...]]: ...
+    def missing(self) -> list[str]: ...
+    def set_linear(self, slot: str, weight: QuantizedTensor, bias: Any = None) -> None:
+        """bias float32 (rows,). Replaces what was there, which stays on failure."""
+    def set_vector(self, slot: str, values: Any) -> None:
+        """values float32 (n,)."""
+    def set_embedding(self, weight: QuantizedTensor, /) -> None:
+        """A float format, (vocab, hidden)."""
+    def linear(self, slot: str, /) -> QuantizedTensor:
+        """The bytes that were set; "embedding" too."""
+    def sequence(self) -> Sequence: ...
+    def step(
+        self, sequences: list[Sequence] | tuple[Sequence, ...], tokens: Any, want: Any = None
+    ) -> NDArray[np.float32]:
+        """Logits (wanted rows, vocab) of one row per (sequences[i], tokens[i]); the rows of a
+        sequence are consecutive and are its next positions. want bool (n,). All or nothing."""
+    def info(self) -> dict[str, Any]:
+        """device, isa, threads, cpu_model, compute, kernels ({format: [names]}), int8_threshold,
+        int8_outliers."""
+    def nbytes(self) -> dict[str, int]:
+        """weights, embedding, kv_cache, scratch."""
