@@ -124,6 +124,11 @@ class Checkpoint:
         """The path of tokenizer.json, or None where there is none."""
         return _member(self.folder, "tokenizer.json")
 
+    def member(self, name: str) -> Path | None:
+        """The path of the file `name` of the folder, or None where there is none. Raises
+        `QllmFileError` for a name that is no bare file name, or a link out of the folder."""
+        return _member(self.folder, name)
+
     def names(self, prefix: str = "") -> list[str]:
         """The names of the tensors that begin with `prefix`, sorted."""
         start = bisect_left(self._names, prefix)
