@@ -1,8 +1,40 @@
 """qllm: the instrument for asking what quantization does to a language model."""
 
+from .config import GenerationConfig, QuantConfig
+from .errors import (
+    QllmError,
+    QllmFileError,
+    QllmMemoryError,
+    QllmUnsupportedError,
+    QllmValueError,
+)
+from .generation import Generation, Request
+from .model import Model, Score
 from .quantize import QuantizedTensor, quantize
+from .report import LayerReport, ModelInfo, QuantReport
 from .sampling import LogitStats, Sampled, logit_stats, sample
 
-__all__ = ["LogitStats", "QuantizedTensor", "Sampled", "logit_stats", "quantize", "sample"]
+__all__ = [
+    "Generation",
+    "GenerationConfig",
+    "LayerReport",
+    "LogitStats",
+    "Model",
+    "ModelInfo",
+    "QllmError",
+    "QllmFileError",
+    "QllmMemoryError",
+    "QllmUnsupportedError",
+    "QllmValueError",
+    "QuantConfig",
+    "QuantReport",
+    "QuantizedTensor",
+    "Request",
+    "Sampled",
+    "Score",
+    "logit_stats",
+    "quantize",
+    "sample",
+]
 
 __version__ = "0.1.0"

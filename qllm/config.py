@@ -1,0 +1,236 @@
+"""The options of quantization and generation, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .bnb import BLOCKSIZES
+from .errors import QllmUnsupportedError, QllmValueError
+from .strict_json import quoted
+
+QUANTIZED_FORMATS = ("nf4", "fp4", "nf4-dq", "fp4-dq", "int8")
+FLOAT_FORMATS = ("bf16", "f16", "f32")
+ORIGINAL = "original"
+"""As a target of `quantize_`: the format in which the folder has the layer."""
+
+FORMATS = (*QUANTIZED_FORMATS, *FLOAT_FORMATS, ORIGINAL)
+
+_ALIASES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "fp16": "f16", "fp32": "f32"}
+
+
+def check_format(name: Any) -> str:
+    """The format `name`, in the one spelling that qllm writes. Raises `QllmValueError`."""
+    if isinstance(name, str):
+        known = _ALIASES.get(name, name)
+        if known in FORMATS:
+            return known
+    raise QllmValueError(f"there is no format {quoted(name)}; there are " + ", ".join(FORMATS))
+
+
+def patterns(value: str | Sequence[str] | None, name: str) -> tuple[str, ...] | None:
+    """One glob pattern or several as a tuple; None stays None. Raises `QllmValueError`."""
+    if value is None:
+        return None
+    found = (value,) if isinstance(value, str) else value
+    try:
+        found = tuple(found)
+    except TypeError:
+        found = (value,)
+    for pattern in found:
+        if not isinstance(pattern, str) or not pattern:
+            raise QllmValueError(
+                f"{name} has {quoted(pattern)}; a pattern over names of layers, as "
+                "'model.layers.*.mlp.down_proj', was expected"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What `Model.from_pretrained` and `Model.quantize_` do to the linear layers.
+
+    `format`: nf4, fp4, nf4-dq, fp4-dq, int8, bf16, f16, f32 or original. `include` and `skip` are
+    glob patterns over the names of the layers (None: all, none); the output embedding is left alone
+    unless `quantize_head`. `blocksize` is that of the 4-bit formats.
+    """
+
+    format: str
+    include: tuple[str, ...] | None = None
+    skip: tuple[str, ...] | None = None
+    blocksize: int = 64
+    quantize_head: bool = False
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "format", check_format(self.format))
+        set_(self, "include", patterns(self.include, "include"))
+        set_(self, "skip", patterns(self.skip, "skip"))
+        if type(self.blocksize) is bool or self.blocksize not in BLOCKSIZES:
+            raise QllmValueError(
+                f"blocksize is {quoted(self.blocksize)}; a power of two from {BLOCKSIZES[0]} to "
+                f"{BLOCKSIZES[-1]} was expected"
+            )
+        set_(self, "blocksize", int(self.blocksize))
+        if type(self.quantize_head) is not bool:
+            raise QllmValueError(
+                f"quantize_head is {quoted(self.quantize_head)}; True or False was expected"
+            )
+
+    @classmethod
+    def from_bnb(cls, config: dict[str, Any]) -> QuantConfig:
+        """From the members of a `BitsAndBytesConfig` (its `to_dict()`).
+
+        `llm_int8_skip_modules` replaces there the default skip of the output embedding, which here
+        always holds; names in it stand for themselves and for everything below them.
+        """
+        four, eight = bool(config.get("load_in_4bit")), bool(config.get("load_in_8bit"))
+        if four == eight:
+            raise QllmValueError(
+                f"load_in_4bit is {four} and load_in_8bit is {eight}; one of them must be set"
+            )
+        if eight:
+            format = "int8"
+        else:
+            format = config.get("bnb_4bit_quant_type", "fp4")
+            if config.get("bnb_4bit_use_double_quant", False):
+                format = f"{format}-dq"
+        names = config.get("llm_int8_skip_modules") or []
+        skip = [pattern for name in names for pattern in (f"*{name}", f"*{name}.*")]
+        return cls(format, skip=tuple(skip) or None)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How text is drawn; names, meaning and order of Hugging Face transformers.
+
+    The logits of seen tokens are changed by `repetition_penalty` (1: off), divided by `temperature`
+    (0: greedy), then cut to the `top_k` most probable (0: off), to the smallest set with
+    probability `top_p` (1: off), and to those with at least `min_p` of the greatest probability
+    (0: off). `do_sample=False` is greedy, as temperature 0.
+
+    A draw depends on (`seed`, prompt, step, token id) alone. Generation ends after `max_new_tokens`
+    tokens, at an id of `eos_token_id` (None: the model's) unless `ignore_eos`, or when the text
+    holds one of the strings `stop`. Raises `QllmValueError` for values that have no meaning.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    do_sample: bool = True
+    max_new_tokens: int = 50
+    seed: int = 1
+    stop: tuple[str, ...] = ()
+    eos_token_id: tuple[int, ...] | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "temperature", _number(self, "temperature", low=0.0))
+        set_(self, "top_k", _integer(self, "top_k", 0, 2**63 - 1))
+        set_(self, "top_p", _number(self, "top_p", low=0.0, high=1.0, above=True))
+        set_(self, "min_p", _number(self, "min_p", low=0.0, high=1.0))
+        set_(self, "repetition_penalty", _number(self, "repetition_penalty", low=0.0, above=True))
+        set_(self, "max_new_tokens", _integer(self, "max_new_tokens", 1, 2**31 - 1))
+        set_(self, "seed", _integer(self, "seed", 0, 2**64 - 1))
+        for name in ("do_sample", "ignore_eos"):
+            if type(getattr(self, name)) is not bool:
+                raise QllmValueError(
+                    f"{name} is {quoted(getattr(self, name))}; True or False was expected"
+                )
+        set_(self, "stop", _stop(self.stop))
+        set_(self, "eos_token_id", _eos(self.eos_token_id))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, with no draw."""
+        return not self.do_sample or self.temperature == 0
+
+    def replace(self, **changes: Any) -> GenerationConfig:
+        """A copy with the given values. Raises `QllmValueError` for a name that it has not."""
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise QllmValueError(
+                    f"there is no option {quoted(name)} of generation; there are "
+                    + ", ".join(known)
+                )
+        return replace(self, **changes)
+
+
+def _number(
+    config: Any, name: str, low: float, high: float = math.inf, above: bool = False
+) -> float:
+    value = getattr(config, name)
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or number < low or number > high or (above and number == low):
+        bounds = f"{'above' if above else 'from'} {low:g}" + (
+            f" {'and at most' if above else 'to'} {high:g}" if high < math.inf else ""
+        )
+        if not above and high == math.inf:
+            bounds = f"of at least {low:g}"
+        raise QllmValueError(f"{name} is {quoted(value)}; a finite number {bounds} was expected")
+    return number
+
+
+def _integer(config: Any, name: str, low: int, high: int) -> int:
+    value = getattr(config, name)
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        raise QllmValueError(
+            f"{name} is {quoted(value)}; an integer from {low} to {high} was expected"
+        )
+    return number
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else () if value is None else value
+    try:
+        strings = tuple(strings)
+    except TypeError:
+        strings = (value,)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise QllmValueError(
+                f"stop has {quoted(string)}; strings of at least one character were expected"
+            )
+    return strings
+
+
+def _eos(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)):
+        raise QllmValueError(f"eos_token_id is {quoted(value)}; token ids were expected")
+    try:
+        ids = tuple(value)
+    except TypeError:
+        ids = (value,)
+    found = []
+    for token in ids:
+        try:
+            number = -1 if isinstance(token, bool) else operator.index(token)
+        except TypeError:
+            number = -1
+        if number < 0:
+            raise QllmValueError(f"eos_token_id has {quoted(token)}; token ids were expected")
+        found.append(number)
+    return tuple(found)
+
+
+def check_compute(compute: Any) -> None:
+    """Accepts the compute modes that there are: "exact" (float32 activations) and "auto" (the
+    fastest whose rounding of activations is no coarser than bfloat16; today that is exact)."""
+    if compute not in ("exact", "auto"):
+        raise QllmUnsupportedError(f"compute is {quoted(compute)}; supported are exact and auto")

@@ -1,0 +1,334 @@
+"""The loop of generation: one batch of rows that come and go, each with its own options.
+
+Rows share a batch and, for equal prompts, the keys and values of the prompt; none of it shows in
+the results: logits are the same in every batch, and a draw depends on (seed, prompt, step, token)
+alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .config import GenerationConfig
+from .errors import QllmUnsupportedError, QllmValueError
+from .strict_json import quoted
+from .tokenizer import TextStream, Tokenizer
+
+BATCH_SIZE = 64
+"""Rows in a batch, unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, text or token ids, and how to go on from it. `prompt_key` names the stream of noise
+    (0 to 2^64 - 1); None: a hash of the prompt's token ids, see `prompt_key_of`."""
+
+    prompt: str | Sequence[int]
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    prompt_key: int | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated after one prompt; `str()` is its text.
+
+    `ids` are the new tokens, the one that ended it (an EOS, or the last of a stop string) included;
+    `text` is what they add to the prompt, without special tokens and cut before a stop string, and
+    None without a tokenizer. `logprobs` are natural logs of softmax(logits)[id] of the model's own
+    logits, `sampling_logprobs` of the distribution that the token was drawn from (0 when greedy).
+    `finish_reason` is "length", "eos" or "stop".
+    """
+
+    text: str | None
+    ids: list[int]
+    prompt_ids: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    finish_reason: str
+    config: GenerationConfig
+    prompt_key: int
+
+    def __str__(self) -> str:
+        return "" if self.text is None else self.text
+
+
+def prompt_key_of(ids: Sequence[int]) -> int:
+    """The default name of a prompt's stream of noise: BLAKE2b with a digest of 8 bytes over the
+    token ids as little-endian int64, read as a little-endian integer."""
+    data = np.asarray(ids, "<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+@dataclass(eq=False)
+class Row:
+    """One generation in progress."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    config: GenerationConfig
+    prompt_key: int
+    eos: frozenset[int]
+    stream: TextStream | None = None
+    sequence: Any = None
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, token: int, logprob: float, sampling_logprob: float) -> None:
+        """Takes a drawn token, and sees whether it is the last."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.sampling_logprobs.append(sampling_logprob)
+        if token in self.eos:
+            self.finish_reason = "eos"
+        elif self.stream is not None:
+            self.pieces.append(self.stream.push(token))
+        if self.finish_reason is None and self.stream is not None and self.stream.stopped:
+            self.finish_reason = "stop"
+        if self.finish_reason is None and len(self.ids) >= self.config.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self.stream is not None:
+            self.pieces.append(self.stream.finish())
+            if self.stream.stopped and self.finish_reason == "length":
+                self.finish_reason = "stop"
+
+    def result(self, tokenizer: Tokenizer | None) -> Generation:
+        """The finished generation."""
+        if self.stream is not None:
+            text = "".join(self.pieces)
+        elif tokenizer is not None:
+            shown = self.ids[:-1] if self.finish_reason == "eos" else self.ids
+            text = tokenizer.continuation(self.prompt_ids, shown)
+        else:
+            text = None
+        return Generation(
+            text,
+            self.ids,
+            list(self.prompt_ids),
+            self.logprobs,
+            self.sampling_logprobs,
+            self.finish_reason or "length",
+            self.config,
+            self.prompt_key,
+        )
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt and the rows that wait for it; its sequence lives until the last of them starts."""
+
+    ids: tuple[int, ...]
+    waiting: deque[Row] = field(default_factory=deque)
+    sequence: Any = None
+    logits: np.ndarray | None = None  # of its last position, (1, vocab)
+
+
+def run(decoder: Any, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
+    """Generates all `rows`; yields a row after each of its tokens, `finish_reason` set at the last.
+
+    Each round is one step of the decoder: every row in the batch by one token, together with the
+    prompts of the rows that enter it. An error or an interrupt leaves the decoder as it was: what
+    the sequences hold is freed with them.
+    """
+    prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()
+    for row in rows:
+        prompts.setdefault(row.prompt_ids, _Prompt(row.prompt_ids)).waiting.append(row)
+    queue = deque(prompts.values())
+    active: list[Row] = []
+    while active or queue:
+        entering = _enter(queue, batch_size - len(active))
+        new = [prompt for prompt, _ in entering if prompt.sequence is None]
+        logits = _step(decoder, active, new)
+        drawn = list(active)
+        _draw(active, logits[: len(active)])
+        for prompt, row_logits in zip(new, logits[len(active) :]):
+            prompt.logits = row_logits[None].copy()  # not a view that keeps the whole step alive
+        for prompt, started in entering:
+            _draw(started, np.repeat(prompt.logits, len(started), axis=0))
+            _start(prompt, started)
+            drawn += started
+        del logits
+        active = [row for row in drawn if row.finish_reason is None]
+        for row in drawn:
+            if row.finish_reason is not None:
+                row.sequence = None  # its keys and values are freed here
+            yield row
+
+
+def _enter(queue: deque[_Prompt], places: int) -> list[tuple[_Prompt, list[Row]]]:
+    """Takes up to `places` rows from the queue, by prompt."""
+    entering = []
+    while queue and places > 0:
+        prompt = queue[0]
+        started = [prompt.waiting.popleft() for _ in range(min(places, len(prompt.waiting)))]
+        places -= len(started)
+        entering.append((prompt, started))
+        if not prompt.waiting:
+            queue.popleft()
+    return entering
+
+
+def _step(decoder: Any, active: list[Row], new: list[_Prompt]) -> np.ndarray:
+    """Logits after the last token of each active row, then of each new prompt."""
+    sequences, tokens = [row.sequence for row in active], [row.ids[-1] for row in active]
+    want = [True] * len(active)
+    made = [decoder.sequence() for _ in new]
+    for prompt, sequence in zip(new, made):
+        sequences += [sequence] * len(prompt.ids)
+        tokens += prompt.ids
+        want += [False] * (len(prompt.ids) - 1) + [True]
+    if not sequences:
+        return np.empty((0, 0), np.float32)
+    logits = decoder.step(sequences, np.array(tokens, np.int64), np.array(want))
+    for prompt, sequence in zip(new, made):
+        prompt.sequence = sequence
+    return logits
+
+
+def _start(prompt: _Prompt, started: list[Row]) -> None:
+    """Gives each row a sequence that goes on from the prompt's; the last row takes that itself."""
+    for row in started:
+        row.sequence = prompt.sequence.fork() if row.finish_reason is None else None
+    if not prompt.waiting:
+        prompt.sequence = prompt.logits = None
+
+
+def _draw(rows: list[Row], logits: np.ndarray) -> None:
+    """Draws the next token of each row from its logits (rows, vocab)."""
+    if not rows:
+        return
+    configs = [row.config for row in rows]
+    penalized = any(config.repetition_penalty != 1 for config in configs)
+    histories = [
+        [*row.prompt_ids, *row.ids] if row.config.repetition_penalty != 1 else None for row in rows
+    ]
+    tokens, logprobs, sampling = _core.sample(
+        logits,
+        temperature=[0.0 if config.greedy else config.temperature for config in configs],
+        top_k=[config.top_k for config in configs],
+        top_p=[config.top_p for config in configs],
+        min_p=[config.min_p for config in configs],
+        repetition_penalty=[config.repetition_penalty for config in configs],
+        seed=[config.seed for config in configs],
+        prompt=[row.prompt_key for row in rows],
+        step=[len(row.ids) for row in rows],
+        history=histories if penalized else None,
+    )
+    for row, *drawn in zip(rows, tokens.tolist(), logprobs.tolist(), sampling.tolist()):
+        row.add(*drawn)
+
+
+# ------------------------------------------------------------------------------- from the caller
+
+
+def token_ids(value: Any, vocab: int, what: str) -> tuple[int, ...]:
+    """Token ids from outside, each an integer from 0 to vocab - 1."""
+    ids = []
+    try:
+        items = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else list(value)
+    except TypeError:
+        raise QllmValueError(f"{what} is a {type(value).__name__}; token ids were expected") from None
+    for place, item in enumerate(items):
+        try:
+            token = -1 if isinstance(item, bool) else operator.index(item)
+        except TypeError:
+            raise QllmValueError(
+                f"{what} has {quoted(item)} at position {place}; a token id was expected"
+            ) from None
+        if not 0 <= token < vocab:
+            raise QllmValueError(
+                f"{what} has the token id {quoted(item)} at position {place}; ids from 0 to "
+                f"{vocab - 1} were expected"
+            )
+        ids.append(token)
+    return tuple(ids)
+
+
+def is_batch(prompt: Any) -> bool:
+    """Whether `prompt` is several prompts: a sequence of texts or of sequences."""
+    if isinstance(prompt, str):
+        return False
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim > 1
+    if not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
+        raise QllmValueError(
+            f"the prompt is a {type(prompt).__name__}; a text, token ids, or a list of either was "
+            "expected"
+        )
+    return len(prompt) > 0 and (isinstance(prompt[0], str) or hasattr(prompt[0], "__len__"))
+
+
+def per_prompt(overrides: dict[str, Any], count: int | None) -> list[dict[str, Any]]:
+    """The options of each of `count` prompts (None: one prompt that is no list).
+
+    A list, tuple or array has one value per prompt; for stop and eos_token_id, whose values are
+    sequences themselves, only when its items are sequences (or None) that are no texts.
+    """
+    result: list[dict[str, Any]] = [{} for _ in range(1 if count is None else count)]
+    for name, value in overrides.items():
+        if not _is_list(name, value):
+            for options in result:
+                options[name] = value
+            continue
+        if count is None or len(value) != count:
+            prompts = "one prompt" if count is None else f"a list of {count} prompts"
+            raise QllmValueError(
+                f"{name} has {len(value)} values, but there is {prompts}; one value, or one for "
+                "each prompt of a list, was expected"
+            )
+        for options, item in zip(result, value):
+            options[name] = item
+    return result
+
+
+def _is_list(name: str, value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    if not isinstance(value, (list, tuple)):
+        return False
+    if name in ("stop", "eos_token_id"):
+        return bool(value) and all(item is None or isinstance(item, (list, tuple)) for item in value)
+    return True
+
+
+def check_prompt_key(value: Any) -> int:
+    try:
+        key = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        key = -1
+    if not 0 <= key < 2**64:
+        raise QllmValueError(
+            f"prompt_key is {quoted(value)}; an integer from 0 to 2^64 - 1 was expected"
+        )
+    return key
+
+
+def check_batch_size(value: Any) -> int:
+    try:
+        size = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise QllmValueError(f"batch_size is {quoted(value)}; a positive integer was expected")
+    return size
+
+
+def need_tokenizer(tokenizer: Tokenizer | None, what: str, reason: str) -> Tokenizer:
+    """The tokenizer, or the error that says why there is none."""
+    if tokenizer is None:
+        raise QllmUnsupportedError(f"{what} needs a tokenizer: {reason}")
+    return tokenizer
+
+
+Progress = Callable[[int, int], None]
+"""Called with (finished requests, all requests) whenever one has finished."""
