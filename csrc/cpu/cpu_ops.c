@@ -4,6 +4,11 @@
 
 const qllm_cpu_ops *qllm_cpu_ops_get(qllm_isa isa)
 {
-    (void)isa; /* one set is compiled so far */
-    return &qllm_cpu_ops_scalar;
+    switch (isa) {
+#if defined(__x86_64__)
+    case QLLM_ISA_AVX2: return &qllm_cpu_ops_avx2;
+    case QLLM_ISA_AVX512: return &qllm_cpu_ops_avx512;
+#endif
+    default: return &qllm_cpu_ops_scalar;
+    }
 }

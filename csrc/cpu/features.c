@@ -93,7 +93,7 @@ const char *qllm_isa_name(qllm_isa isa)
 bool qllm_isa_compiled(qllm_isa isa)
 {
 #if defined(__x86_64__)
-    return isa == QLLM_ISA_SCALAR;
+    return isa >= QLLM_ISA_SCALAR && isa < QLLM_ISA_COUNT;
 #else
     return isa == QLLM_ISA_SCALAR;
 #endif

@@ -266,8 +266,9 @@ typedef const float *lanes_table;
 QLLM_INLINE lanes_table lanes_table_load(const float *values) { return values; }
 
 /* column j (0 .. 7) of a line of 4-bit codes: high nibble first, byte by byte */
-QLLM_INLINE lanes lanes_lookup(lanes_table table, ilanes line, int j)
+QLLM_INLINE lanes lanes_lookup(lanes_table table, const uint8_t *at, int j)
 {
+    ilanes line = ilanes_load(at);
     lanes out;
     int shift = 8 * (j / 2) + (j % 2 == 0 ? 4 : 0);
     for (int i = 0; i < 16; i++)

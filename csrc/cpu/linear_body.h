@@ -18,11 +18,10 @@
 
 enum {
     FUSED_ROWS_MAX = 4, /* more rows take the block kernel */
-    CHAINS_MAX = 4,     /* divides 4 blocks, so that a run of groups stays inside a unit */
+    CHAINS_MAX = 2,     /* divides 4 blocks, so that a run of groups stays inside a unit */
     BLOCK_COLUMNS = 128,
     BLOCK_GROUPS = BLOCK_COLUMNS / QLLM_GROUP,
-    GROUP_STEPS = QLLM_GROUP / QLLM_STEP,
-    PREFETCH_BYTES = 8192
+    GROUP_STEPS = QLLM_GROUP / QLLM_STEP
 };
 
 /* Bytes of 8 columns of a tile. */
@@ -46,7 +45,7 @@ QLLM_INLINE lanes weight_at(qllm_layout kind, const uint8_t *at, int j, lanes_ta
         ilanes pair = ilanes_load(at + j / 2 * QLLM_LINE);
         return j % 2 == 0 ? lanes_bf16_low(pair) : lanes_bf16_high(pair);
     }
-    default: return lanes_lookup(table, ilanes_load(at), j);
+    default: return lanes_lookup(table, at, j);
     }
 }
 
@@ -127,6 +126,13 @@ QLLM_INLINE void read_unit_if_first(bool nested, tile_stream *s, int64_t g)
         stream_read_unit(s, g / (QLLM_UNIT_BLOCKS * s->block_groups));
 }
 
+QLLM_INLINE void prefetch_step(qllm_layout kind, const uint8_t *at)
+{
+    QLLM_UNROLL
+    for (int64_t line = 0; line < step_bytes(kind); line += QLLM_LINE)
+        __builtin_prefetch(at + QLLM_PREFETCH_BYTES + line);
+}
+
 /* y[m] += the groups g .. g + chains - 1, for `rows` rows of x. */
 QLLM_INLINE void add_groups(qllm_layout kind, bool nested, const int rows, const int chains,
                             const tile_stream *s, int64_t g, lanes_table table,
@@ -142,10 +148,9 @@ QLLM_INLINE void add_groups(qllm_layout kind, bool nested, const int rows, const
             p[c][m] = lanes_zero();
     }
     for (int step = 0; step < GROUP_STEPS; step++) {
-        if (kind != QLLM_LAYOUT_BF16 && kind != QLLM_LAYOUT_F16)
-            QLLM_UNROLL
-            for (int c = 0; c < chains; c++)
-                __builtin_prefetch(at[c] + step * step_bytes(kind) + PREFETCH_BYTES);
+        QLLM_UNROLL
+        for (int c = 0; c < chains; c++)
+            prefetch_step(kind, at[c] + step * step_bytes(kind));
         QLLM_UNROLL
         for (int j = 0; j < QLLM_STEP; j++) {
             QLLM_UNROLL
@@ -190,7 +195,9 @@ QLLM_INLINE void fused_tile(qllm_layout kind, bool nested, const int rows,
                             const qllm_packed *packed, int64_t tile, const float *bias,
                             const qllm_rows *in, int64_t row, float *out, int64_t out_stride)
 {
-    const int chains = rows >= LANES_FUSED_CHAINS ? 1 : LANES_FUSED_CHAINS / rows;
+    /* the wide layouts are read too fast for more than one stream */
+    const int most = kind == QLLM_LAYOUT_BLOCKS ? LANES_FUSED_CHAINS : 1;
+    const int chains = rows >= most ? 1 : most / rows;
     tile_stream s;
     lanes y[FUSED_ROWS_MAX];
     const float *x[FUSED_ROWS_MAX];

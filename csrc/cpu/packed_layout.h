@@ -33,7 +33,9 @@ enum {
     QLLM_LINE = 64,       /* bytes */
     QLLM_UNIT_BLOCKS = 4, /* blocks whose nested absmax codes share a line */
     QLLM_STEP = 8,        /* columns in one line of 4-bit codes */
-    QLLM_INT8_PAD = 64
+    QLLM_INT8_PAD = 64,
+    QLLM_PREFETCH_BYTES = 4096 /* how far ahead kernels ask for lines: arithmetic shortens the
+                                  processor's own look-ahead, which also ends with the page */
 };
 
 struct qllm_packed {
@@ -41,7 +43,7 @@ struct qllm_packed {
     qllm_layout layout;
     int64_t rows, cols, blocksize;
     int64_t tiles, tile_bytes;
-    uint8_t *data; /* tiles * tile_bytes, and one line of slack */
+    uint8_t *data; /* tiles * tile_bytes, and one line that kernels may read beyond */
     int64_t data_bytes;
     /* BLOCKS */
     int64_t row_blocks;   /* cols / blocksize */

@@ -13,10 +13,12 @@
 
 int qllm_choose_isa(const qllm_state *state, const char *name, qllm_isa *isa)
 {
-    qllm_error error;
-    if (qllm_isa_choose(name != NULL ? name : getenv("QLLM_CPU"), isa, &error) == QLLM_OK)
+    qllm_error error, named;
+    const char *variable = getenv("QLLM_CPU");
+    if (qllm_isa_choose(name != NULL ? name : variable, isa, &error) == QLLM_OK)
         return 0;
-    qllm_raise(state, &error);
+    qllm_fail(&named, error.status, "%s: %.400s", name != NULL ? "isa" : "QLLM_CPU", error.text);
+    qllm_raise(state, &named);
     return -1;
 }
 
@@ -346,5 +348,5 @@ static PyMethodDef functions[] = {
 
 int qllm_setup_cpu(PyObject *module)
 {
-    return PyModule_AddFunctions(module, functions);
+    return PyModule_AddFunctions(module, functions) < 0 ? -1 : qllm_setup_ops_test(module);
 }

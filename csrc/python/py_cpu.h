@@ -17,4 +17,7 @@ qllm_threads *qllm_shared_threads(qllm_state *state, int n);
 /* QuantizedTensor.matmul: arguments as in _core.linear without the weight. */
 PyObject *qllm_quantized_tensor_matmul(PyObject *self, PyObject *args, PyObject *kwargs);
 
+/* Adds the functions of py_ops_test.c: part of qllm_setup_cpu. */
+int qllm_setup_ops_test(PyObject *module);
+
 #endif
