@@ -1,0 +1,121 @@
+"""qllm info and qllm quantize; and how every command loads a model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, _core
+from ..errors import QllmError, QllmFileError, QllmValueError
+from ..model import Model
+from ..report import text_table
+from .files import print_json
+from .parser import UsageError
+
+
+def load(arguments: argparse.Namespace, quantization: str | None = None) -> Model:
+    """The model of a command line; `quantization` None is its option, where it has one."""
+    return Model.from_pretrained(
+        arguments.model,
+        quantization or getattr(arguments, "quantization", None),
+        device=arguments.device,
+        threads=arguments.threads,
+        revision=arguments.revision,
+        isa=arguments.isa,
+    )
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """Prints what this build and machine are, or what a model is."""
+    if arguments.model is None:
+        for name in ("quantization", "revision", "isa", "threads"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"qllm info --{name} needs a MODEL (see qllm info --help)")
+        if arguments.device != "cpu":
+            raise UsageError("qllm info --device needs a MODEL (see qllm info --help)")
+        _print(build_info(), arguments.json)
+        return
+    with_model = load(arguments).info()
+    if arguments.json:
+        print_json(with_model.to_dict())
+    else:
+        print(with_model)
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    rows = []
+    for name, value in facts.items():
+        text = ", ".join(value) if isinstance(value, list) else str(value)
+        rows.append((name.replace("_", " "), text or "none"))
+    print(text_table(("", ""), rows))
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, processor, instruction sets, threads, and whether CUDA can be used."""
+    cpu = _core.cpu_info()
+    return {
+        "qllm": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": cpu["model"],
+        "features": list(cpu["features"]),
+        "instruction_sets_compiled": list(cpu["compiled"]),
+        "instruction_sets_usable": list(cpu["isas"]),
+        "instruction_set_used": cpu["default"],
+        "threads": cpu["threads_available"],
+        "cuda": _cuda(),
+    }
+
+
+def _cuda() -> str:
+    """"yes", or what the core says when a decoder is asked for on that device."""
+    smallest = {
+        "vocab": 1, "hidden": 64, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 64,
+        "intermediate": 64, "max_positions": 1, "block": "serial", "norm": "rms",
+        "norm_eps": 1e-6, "activation": "silu", "attention_scale": 0.125, "position": "rope",
+        "rotary_dim": 64, "rope_inv_freq": np.ones(32, np.float32),
+    }
+    try:
+        _core.Decoder(smallest, device="cuda")
+    except QllmError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def quantize(arguments: argparse.Namespace) -> None:
+    """Quantizes a model, saves it, and prints what became of every linear layer."""
+    _require_free(arguments.out)
+    model = load(arguments)
+    try:
+        report = model.quantize_(
+            arguments.to,
+            include=arguments.include,
+            skip=arguments.skip,
+            blocksize=arguments.blocksize,
+            quantize_head=arguments.quantize_head,
+        )
+    except QllmValueError as error:
+        raise QllmValueError(f"{arguments.model}: {error}") from None
+    model.save(arguments.out)
+    print(report)
+    print(f"saved in {arguments.out}")
+
+
+def _require_free(folder: str) -> None:
+    """Refuses before the work what `Model.save` would refuse after it."""
+    try:
+        used = os.path.lexists(folder) and (not os.path.isdir(folder) or bool(os.listdir(folder)))
+    except (OSError, ValueError) as error:
+        raise QllmFileError(f"{folder} cannot be used: {error}") from None
+    if used:
+        raise QllmFileError(
+            f"{folder} exists and is no empty folder; nothing is overwritten, choose another name"
+        )
