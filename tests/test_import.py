@@ -1,12 +1,21 @@
-"""What `import qllm` does and does not do, seen from a fresh interpreter."""
+"""What `import qllm` does and does not do, seen from a fresh interpreter; and whether the package
+and its stubs name what there is."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import qllm
+from qllm import _core
+
+STUB = Path(qllm.__file__).parent / "_core.pyi"
+
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:
@@ -53,3 +62,31 @@ def test_import_starts_no_thread() -> None:
                 "import qllm, qllm._core\n"
                 "print(count() - before)")
     assert (run.stdout, run.stderr) == ("0\n", "")
+
+
+def test_the_public_names_are_there_and_explained() -> None:
+    assert qllm.__all__ == sorted(qllm.__all__) and len(set(qllm.__all__)) == len(qllm.__all__)
+    for name in qllm.__all__:
+        documented = getattr(qllm, name).__doc__
+        # a dataclass without a docstring gets its signature
+        assert documented and not documented.startswith(f"{name}("), f"qllm.{name} has no docstring"
+
+
+def stub_names() -> set[str]:
+    """The public functions, classes and values that the stubs declare for use at run time."""
+    names = set()
+    for node in ast.parse(STUB.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            if not any(ast.unparse(base) == "TypedDict" for base in node.bases):
+                names.add(node.name)
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign):
+            names.add(ast.unparse(node.target))
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_the_stubs_name_what_the_core_offers() -> None:
+    offered = {name for name in vars(_core) if not name.startswith("_")}
+    assert stub_names() == offered
+    assert [name for name in offered if not getattr(_core, name).__doc__] == []

@@ -1,0 +1,17 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+# The same examples on every run, and no failure for being slow.
+settings.register_profile("qllm", derandomize=True, deadline=None)
+settings.load_profile("qllm")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables that qllm reads are as on a machine where nobody has set them."""
+    for name in ("QLLM_CPU", "QLLM_THREADS", "QLLM_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
