@@ -293,7 +293,7 @@ def per_prompt(overrides: dict[str, Any], count: int | None) -> list[dict[str, A
 
 def _is_list(name: str, value: Any) -> bool:
     if isinstance(value, np.ndarray):
-        return value.ndim > 0
+        return value.ndim > (1 if name in ("stop", "eos_token_id") else 0)
     if not isinstance(value, (list, tuple)):
         return False
     if name in ("stop", "eos_token_id"):
