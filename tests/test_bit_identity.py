@@ -112,14 +112,13 @@ def test_the_built_in_models_too(name: str) -> None:
     text = "Once upon a time, there was a little girl named Lily. She loved to play."
     for format in FORMATS:
         expected: np.ndarray | None = None
-        for isa in ISAS:
-            if isa == "scalar" and expected is None and len(ISAS) > 1:
-                continue  # the slow one last, on fewer tokens
+        for isa in reversed(ISAS):
             model = qllm.Model.from_pretrained(name, format, isa=isa)
             ids = model.encode(text)
             if expected is None:
                 expected = by_decode(model.decoder, ids)
-            assert np.array_equal(model.logits(ids), expected), (format, isa)
+            ids = ids[:6] if isa == "scalar" else ids  # the slow one
+            assert np.array_equal(model.logits(ids), expected[: len(ids)]), (format, isa)
             assert np.array_equal(in_a_batch(model.decoder, ids[:6], 4, 13), expected[:6])
 
 
