@@ -110,15 +110,15 @@ def test_bad_weights_are_refused_and_the_old_ones_stay(small: Weights) -> None:
         (lambda: decoder.set_linear("layers.9999999999999999999999.o", matrix), "no such slot"),
         (lambda: decoder.set_linear("layers.0.qkv", matrix), "no such slot"),
         (lambda: decoder.set_linear("", matrix), "no such slot"),
-        (lambda: decoder.set_linear("embedding", square), "set with set_embedding, not with set_lin"),
+        (lambda: decoder.set_linear("embedding", square), "set with set_embedding, not with set_"),
         (lambda: decoder.set_vector("head", vector), "set with set_linear, not with set_vector"),
         (lambda: decoder.set_linear("final_norm.weight", matrix), "set with set_vector"),
         (lambda: decoder.set_linear("layers.0.o", matrix, np.zeros(47, np.float32)),
          "slot 'layers.0.o': the bias has 47 values, expected 48"),
-        (lambda: decoder.set_linear("layers.0.o", matrix, np.zeros(48)), "bias: expected dtype flo"),
+        (lambda: decoder.set_linear("layers.0.o", matrix, np.zeros(48)), "bias: expected dtype"),
         (lambda: decoder.set_vector("final_norm.weight", vector[:-1]),
          "slot 'final_norm.weight': 47 values, expected 48"),
-        (lambda: decoder.set_vector("final_norm.weight", np.zeros(48)), "final_norm.weight: expected"),
+        (lambda: decoder.set_vector("final_norm.weight", np.zeros(48)), "final_norm.weight: exp"),
         (lambda: decoder.set_vector("final_norm.bias", vector), "no such slot"),
         (lambda: decoder.set_embedding(matrix), r"'embedding': the weight has shape \(48, 64\)"),
         (lambda: decoder.linear("final_norm.weight"), "set with set_vector"),
@@ -159,8 +159,8 @@ def test_bad_weights_are_refused_and_the_old_ones_stay(small: Weights) -> None:
     ({"attention_scale": float("inf")}, "attention_scale is inf"),
     ({"position": "learned"}, "'position' is 'learned'"),
     ({"rotary_dim": 7, "rope_inv_freq": inv_freq(6)}, "rotary_dim is 7, expected an even number"),
-    ({"rotary_dim": 18, "rope_inv_freq": inv_freq(18)}, r"rotary_dim is 18, .* 2 to head_dim \(16\)"),
-    ({"rotary_dim": -2, "rope_inv_freq": inv_freq(16)}, "'rope_inv_freq' has 8 values, expected -1"),
+    ({"rotary_dim": 18, "rope_inv_freq": inv_freq(18)}, r"rotary_dim is 18, .* to head_dim \(16"),
+    ({"rotary_dim": -2, "rope_inv_freq": inv_freq(16)}, "rope_inv_freq' has 8 values, expected -1"),
     ({"rope_inv_freq": inv_freq(14)}, "'rope_inv_freq' has 7 values, expected 8"),
     ({"rope_inv_freq": np.full(8, np.nan, np.float32)}, r"rope_inv_freq\[0\] is nan"),
     ({"rope_inv_freq": np.zeros(8)}, "rope_inv_freq: expected dtype float32"),
@@ -189,7 +189,7 @@ def test_configs_with_alibi() -> None:
     config = CONFIGS["falcon rw"]
     for changes, words in [({"alibi_slopes": None}, "'alibi_slopes' is missing"),
                            ({"alibi_slopes": np.ones(3, np.float32)}, "has 3 values, expected 4"),
-                           ({"alibi_slopes": np.full(4, np.inf, np.float32)}, r"slopes\[0\] is inf"),
+                           ({"alibi_slopes": np.full(4, np.inf, np.float32)}, r"pes\[0\] is inf"),
                            ({"rope_inv_freq": inv_freq(16)}, "'rope_inv_freq' is given")]:
         with pytest.raises(ValueError, match=words):
             _core.Decoder({**config, **changes}, threads=1)
@@ -206,11 +206,12 @@ def test_the_config_is_copied(small: Weights) -> None:
     decoder = weights.decoder(threads=1)
     config["rope_inv_freq"][:] = 7
     config["sliding_window"][:] = 1
-    assert np.array_equal(prefill(decoder, tokens(30)), prefill(small.decoder(threads=1), tokens(30)))
+    expected = prefill(small.decoder(threads=1), tokens(30))
+    assert np.array_equal(prefill(decoder, tokens(30)), expected)
 
 
 def test_devices_and_options(monkeypatch) -> None:
-    with pytest.raises(NotImplementedError, match="device 'cuda' is not offered .* use one of: cpu"):
+    with pytest.raises(NotImplementedError, match="device 'cuda' is not offered .* one of: cpu"):
         _core.Decoder(llama(), device="cuda")
     for threads in (0, -1, 2**40, 1.5, "2"):
         with pytest.raises(ValueError, match="threads"):

@@ -49,6 +49,6 @@ qllm_status qllm_backend_find(const char *name, const qllm_backend **out, qllm_e
             return QLLM_OK;
         }
     list_names(names, sizeof names);
-    return qllm_fail(error, QLLM_UNSUPPORTED, "device '%s' is not offered by this build; use one of: "
-                     "%s", name, names);
+    return qllm_fail(error, QLLM_UNSUPPORTED, "device '%s' is not offered by this build; use one "
+                     "of: %s", name, names);
 }

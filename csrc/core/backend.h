@@ -20,7 +20,7 @@ typedef struct qllm_decoder qllm_decoder;   /* each device defines its own */
 typedef struct qllm_sequence qllm_sequence; /* keys and values of one sequence, on the device */
 
 typedef struct qllm_decoder_options {
-    const char *variant;  /* kernel variant (the instruction set of a CPU); NULL: the device's choice */
+    const char *variant;  /* of the kernels (a CPU: instruction set); NULL: the device's choice */
     int threads;          /* host threads; 0: the device's choice */
     float int8_threshold; /* outliers of LLM.int8(): |x| >= threshold; <= 0 switches them off */
     bool int8_batch;      /* bitsandbytes' per-batch form: a row then depends on the others */
@@ -78,7 +78,7 @@ typedef struct qllm_backend {
                               int64_t n, qllm_error *error);
     qllm_status (*set_embedding)(qllm_decoder *decoder, const qllm_qweight *weight,
                                  qllm_error *error);
-    /* The standard bytes of a linear slot or of the embedding, as they were set; the caller clears. */
+    /* Standard bytes of a linear slot or of the embedding, as they were set; the caller clears. */
     qllm_status (*get_linear)(qllm_decoder *decoder, const char *slot, qllm_qweight *out,
                               qllm_error *error);
 

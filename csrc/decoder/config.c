@@ -8,7 +8,12 @@
 #include "core/checked.h"
 
 /* Far above any model, and low enough that products of three sizes fit int64_t. */
-enum { SIZE_BOUND = 1 << 24, LAYER_BOUND = 1 << 16, HEAD_BOUND = 1 << 16, POSITION_BOUND = 1 << 30 };
+enum {
+    SIZE_BOUND = 1 << 24,
+    LAYER_BOUND = 1 << 16,
+    HEAD_BOUND = 1 << 16,
+    POSITION_BOUND = 1 << 30
+};
 
 static qllm_status check_size(const char *field, int64_t value, int64_t bound, qllm_error *error)
 {
@@ -33,11 +38,11 @@ static qllm_status check_sizes(const qllm_decoder_config *c, qllm_error *error)
             return status;
     }
     if (c->heads % c->kv_heads != 0)
-        return qllm_fail(error, QLLM_VALUE, "config: heads (%" PRId64 ") is no multiple of kv_heads "
-                         "(%" PRId64 ")", c->heads, c->kv_heads);
+        return qllm_fail(error, QLLM_VALUE, "config: heads (%" PRId64 ") is no multiple of "
+                         "kv_heads (%" PRId64 ")", c->heads, c->kv_heads);
     if (c->heads * c->head_dim > SIZE_BOUND)
-        return qllm_fail(error, QLLM_VALUE, "config: heads * head_dim is %" PRId64 ", expected at most "
-                         "%d", c->heads * c->head_dim, SIZE_BOUND);
+        return qllm_fail(error, QLLM_VALUE, "config: heads * head_dim is %" PRId64 ", expected at "
+                         "most %d", c->heads * c->head_dim, SIZE_BOUND);
     return QLLM_OK;
 }
 
@@ -57,21 +62,21 @@ static qllm_status check_finite(const char *field, const float *values, int64_t 
 static qllm_status check_rope(const qllm_decoder_config *c, qllm_error *error)
 {
     if (c->rotary_dim < 2 || c->rotary_dim > c->head_dim || c->rotary_dim % 2 != 0)
-        return qllm_fail(error, QLLM_VALUE, "config: rotary_dim is %" PRId64 ", expected an even number "
-                         "from 2 to head_dim (%" PRId64 ")", c->rotary_dim, c->head_dim);
+        return qllm_fail(error, QLLM_VALUE, "config: rotary_dim is %" PRId64 ", expected an even "
+                         "number from 2 to head_dim (%" PRId64 ")", c->rotary_dim, c->head_dim);
     if (!isfinite(c->rope_scale) || c->rope_scale <= 0)
-        return qllm_fail(error, QLLM_VALUE, "config: rope_scale is %g, expected a finite number above 0",
-                         (double)c->rope_scale);
+        return qllm_fail(error, QLLM_VALUE, "config: rope_scale is %g, expected a finite number "
+                         "above 0", (double)c->rope_scale);
     if (!isfinite(c->rope_dynamic_factor) || c->rope_dynamic_factor < 0)
-        return qllm_fail(error, QLLM_VALUE, "config: rope_dynamic_factor is %g, expected a finite number "
-                         "from 0 (off)", c->rope_dynamic_factor);
+        return qllm_fail(error, QLLM_VALUE, "config: rope_dynamic_factor is %g, expected a finite "
+                         "number from 0 (off)", c->rope_dynamic_factor);
     if (c->rope_dynamic_factor > 0) {
         if (c->rotary_dim < 4)
             return qllm_fail(error, QLLM_VALUE, "config: rotary_dim is %" PRId64 ", but "
                              "rope_dynamic_factor needs at least 4", c->rotary_dim);
         if (!isfinite(c->rope_base) || c->rope_base <= 0)
-            return qllm_fail(error, QLLM_VALUE, "config: rope_base is %g, expected a finite number above "
-                             "0", c->rope_base);
+            return qllm_fail(error, QLLM_VALUE, "config: rope_base is %g, expected a finite number "
+                             "above 0", c->rope_base);
         qllm_status status = check_size("rope_original_positions", c->rope_original_positions,
                                         POSITION_BOUND, error);
         if (status != QLLM_OK)
@@ -89,8 +94,8 @@ static qllm_status check_kinds(const qllm_decoder_config *c, qllm_error *error)
     };
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
         if (kinds[i].value < 0 || kinds[i].value > kinds[i].bound)
-            return qllm_fail(error, QLLM_VALUE, "config: %s is %d, expected 0 to %d", kinds[i].field,
-                             kinds[i].value, kinds[i].bound);
+            return qllm_fail(error, QLLM_VALUE, "config: %s is %d, expected 0 to %d",
+                             kinds[i].field, kinds[i].value, kinds[i].bound);
     return QLLM_OK;
 }
 
@@ -102,11 +107,11 @@ qllm_status qllm_decoder_config_check(const qllm_decoder_config *config, qllm_er
     if (status != QLLM_OK)
         return status;
     if (!isfinite(config->norm_eps) || config->norm_eps < 0)
-        return qllm_fail(error, QLLM_VALUE, "config: norm_eps is %g, expected a finite number from 0",
-                         (double)config->norm_eps);
+        return qllm_fail(error, QLLM_VALUE, "config: norm_eps is %g, expected a finite number "
+                         "from 0", (double)config->norm_eps);
     if (!isfinite(config->attention_scale) || config->attention_scale <= 0)
-        return qllm_fail(error, QLLM_VALUE, "config: attention_scale is %g, expected a finite number "
-                         "above 0", (double)config->attention_scale);
+        return qllm_fail(error, QLLM_VALUE, "config: attention_scale is %g, expected a finite "
+                         "number above 0", (double)config->attention_scale);
     for (int64_t i = 0; config->sliding_window != NULL && i < config->layers; i++)
         if (config->sliding_window[i] < 0)
             return qllm_fail(error, QLLM_VALUE, "config: sliding_window[%" PRId64 "] is %" PRId64
@@ -143,7 +148,8 @@ qllm_status qllm_decoder_config_copy(const qllm_decoder_config *config, qllm_dec
         status = copy_array(rope ? NULL : config->alibi_slopes, config->heads, sizeof(float),
                             &slopes, error);
     if (status == QLLM_OK)
-        status = copy_array(config->sliding_window, config->layers, sizeof(int64_t), &window, error);
+        status = copy_array(config->sliding_window, config->layers, sizeof(int64_t), &window,
+                            error);
     *out = *config;
     out->rope_inv_freq = inv_freq;
     out->alibi_slopes = slopes;

@@ -12,10 +12,14 @@ typedef enum qllm_norm_kind { QLLM_NORM_RMS, QLLM_NORM_LAYER } qllm_norm_kind;
 typedef enum qllm_position_kind { QLLM_POSITION_ROPE, QLLM_POSITION_ALIBI } qllm_position_kind;
 typedef enum qllm_activation { QLLM_ACT_SILU, QLLM_ACT_GELU, QLLM_ACT_GELU_TANH } qllm_activation;
 
-/* serial:    x += attention(norm_1(x)); x += mlp(norm_2(x))           Llama, Mistral, Qwen, Falcon-RW
- * parallel:  n = norm_1(x); x += attention(n) + mlp(n)                Falcon 7B, 11B
- * parallel2: x += attention(norm_1(x)) + mlp(norm_2(x))               Falcon 40B, 180B */
-typedef enum qllm_block_kind { QLLM_BLOCK_SERIAL, QLLM_BLOCK_PARALLEL, QLLM_BLOCK_PARALLEL2 } qllm_block_kind;
+/* serial:    x += attention(norm_1(x)); x += mlp(norm_2(x))    Llama, Mistral, Qwen, Falcon-RW
+ * parallel:  n = norm_1(x); x += attention(n) + mlp(n)         Falcon 7B, 11B
+ * parallel2: x += attention(norm_1(x)) + mlp(norm_2(x))        Falcon 40B, 180B */
+typedef enum qllm_block_kind {
+    QLLM_BLOCK_SERIAL,
+    QLLM_BLOCK_PARALLEL,
+    QLLM_BLOCK_PARALLEL2
+} qllm_block_kind;
 
 typedef struct qllm_decoder_config {
     int64_t vocab, hidden, layers, heads, kv_heads, head_dim, intermediate, max_positions;
@@ -29,7 +33,7 @@ typedef struct qllm_decoder_config {
     float attention_scale; /* of q . k; usually 1 / sqrt(head_dim) */
     qllm_position_kind position;
     int64_t rotary_dim;    /* even, <= head_dim: leading part of a head that is rotated */
-    const float *rope_inv_freq; /* (rotary_dim / 2): angle of pair i at position t is t * inv_freq[i] */
+    const float *rope_inv_freq; /* (rotary_dim / 2): angle of pair i at t is t * inv_freq[i] */
     float rope_scale;      /* factor on cos and sin (yarn); 1 otherwise */
     /* dynamic NTK: position t uses base' = base * ((factor * L / original) - (factor - 1)) ^
      * (rotary_dim / (rotary_dim - 2)) with L = max(t + 1, original): what a decode loop of
@@ -43,7 +47,7 @@ typedef struct qllm_decoder_config {
 /* Refuses sizes below 1, above sane bounds, or that do not fit together, naming the field. */
 qllm_status qllm_decoder_config_check(const qllm_decoder_config *config, qllm_error *error);
 
-/* A copy that owns its arrays (those that do not apply are NULL in it); on failure *out is empty. */
+/* A copy that owns its arrays; those that do not apply are NULL in it.  On failure it is empty. */
 qllm_status qllm_decoder_config_copy(const qllm_decoder_config *config, qllm_decoder_config *out,
                                      qllm_error *error);
 

@@ -1,10 +1,11 @@
-/* Keys and values of sequences that fork.  A sequence is a path from a leaf to the root of a tree of
- * blocks; every block holds some consecutive positions, for all layers, and is reference-counted.
+/* Keys and values of sequences that fork.  A sequence is a path from a leaf to the root of a tree
+ * of blocks; every block holds some consecutive positions, for all layers, and is
+ * reference-counted.
  *
- * A block that one sequence alone holds is filled in place; once it is shared nobody writes to it
- * any more, and a sequence that goes on hangs a block of its own behind the last position that it
- * sees.  So a prefix shared by many forks is stored once, and stored keys never move.  Blocks of one
- * sequence grow from 16 to 256 positions, doubling.
+ * A block that one sequence alone holds is filled in place; while it is shared nobody writes to it,
+ * and a sequence that goes on hangs a block of its own behind the last position that it sees.  So a
+ * prefix shared by many forks is stored once, and stored keys never move.  Blocks of one sequence
+ * grow from 16 to 256 positions, doubling.
  *
  * Threads: reference counts and byte counts are atomic, so a sequence may be destroyed at any time
  * beside a step of other sequences.  Everything else is serialised by the decoder's lock. */
@@ -28,7 +29,7 @@ typedef struct qllm_kv_block {
     struct qllm_kv_block *parent; /* held by this block; positions before `start` */
     int64_t start, capacity;      /* positions [start, start + capacity); capacity % 16 == 0 */
     _Atomic int64_t references;   /* sequences that end here, and blocks that hang here */
-    float *data; /* per layer and key-value head: keys (capacity / 16 panels), values (capacity rows) */
+    float *data; /* per layer and key-value head: capacity / 16 panels of keys, then values */
 } qllm_kv_block;
 
 struct qllm_sequence {
@@ -57,8 +58,8 @@ qllm_status qllm_kv_reserve(qllm_sequence *sequence, int64_t count, qllm_error *
 void qllm_kv_commit(qllm_sequence *sequence);
 void qllm_kv_rollback(qllm_sequence *sequence);
 
-/* The path of a sequence, pending positions included, in ascending order of positions: the number of
- * blocks, then the blocks that hold positions below `end` into out (that many), their number. */
+/* The path of a sequence, pending positions included.  The number of its blocks; and those that
+ * hold positions below `end` into out, in ascending order, with their number as the result. */
 int64_t qllm_kv_path_length(const qllm_sequence *sequence);
 int64_t qllm_kv_path(const qllm_sequence *sequence, int64_t end, const qllm_kv_block **out);
 

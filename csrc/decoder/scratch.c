@@ -134,7 +134,8 @@ static qllm_status grow_attention(qllm_decoder *decoder, int64_t paths, int64_t 
     fresh.paths_capacity = grown(s->paths_capacity, paths);
     fresh.spans_capacity = grown(s->spans_capacity, spans);
     fresh.scores_capacity = round_up_16(grown(s->scores_capacity, scores));
-    qllm_status status = take(&path_memory, fresh.paths_capacity, sizeof *fresh.paths, &bytes, error);
+    qllm_status status = take(&path_memory, fresh.paths_capacity, sizeof *fresh.paths, &bytes,
+                              error);
     if (status == QLLM_OK)
         status = take(&span_memory, threads * fresh.spans_capacity, sizeof *fresh.spans, &bytes,
                       error);

@@ -1,7 +1,8 @@
 /* Which weights a config needs: their names, shapes and order.  A function of the config alone, the
  * same for every device.
  *
- * Order: "embedding", the parts of layer 0, of layer 1, ..., "final_norm.weight"[, ".bias"], "head". */
+ * Order: "embedding", the parts of layer 0, of layer 1, ..., "final_norm.weight",
+ * "final_norm.bias" (layer norm only), "head". */
 #ifndef QLLM_DECODER_SLOTS_H
 #define QLLM_DECODER_SLOTS_H
 

@@ -22,8 +22,8 @@ static qllm_status check_weights(const qllm_decoder *decoder, qllm_error *error)
         return QLLM_OK;
     qllm_slot slot;
     qllm_slot_describe(&decoder->config, index, &slot);
-    return qllm_fail(error, QLLM_VALUE, "slot '%s': no weight has been set yet; missing() lists all "
-                     "such slots", slot.name);
+    return qllm_fail(error, QLLM_VALUE, "slot '%s': no weight has been set yet; missing() lists "
+                     "all such slots", slot.name);
 }
 
 /* Checks row i and counts it as pending in its sequence. */
@@ -36,16 +36,17 @@ static qllm_status check_row(const qllm_decoder *decoder, const batch *b, int64_
         return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: made by another decoder; use "
                          "this decoder's sequence()", i);
     if (starts_run(b, i) && sequence->pending > 0)
-        return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: the rows of a sequence must be "
-                         "consecutive, but it was named before row %" PRId64 " already", i, i - 1);
+        return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: the rows of a sequence must "
+                         "be consecutive, but it was named before row %" PRId64 " already", i,
+                         i - 1);
     if (b->tokens[i] < 0 || b->tokens[i] >= config->vocab)
         return qllm_fail(error, QLLM_VALUE, "tokens[%" PRId64 "]: token id %" PRId64 ", expected 0 "
                          "to %" PRId64, i, b->tokens[i], config->vocab - 1);
     int64_t position = atomic_load(&sequence->length) + sequence->pending;
     if (position >= config->max_positions)
-        return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: position %" PRId64 " is beyond "
-                         "the model's last one, max_positions is %" PRId64 "; truncate the sequence "
-                         "or pass fewer tokens", i, position, config->max_positions);
+        return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: position %" PRId64 " is "
+                         "beyond the model's last one, max_positions is %" PRId64 "; truncate the "
+                         "sequence or pass fewer tokens", i, position, config->max_positions);
     sequence->pending++;
     return QLLM_OK;
 }

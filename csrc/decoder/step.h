@@ -4,10 +4,10 @@
  * values); from then on nothing can fail, and the lengths of the sequences change at the very end.
  * Rows are worked on in chunks of QLLM_STEP_ROWS, so that buffers do not grow with the batch.
  *
- * Every row goes through the same sums whatever stands beside it (cpu/cpu_ops.h, core/linear_ref.h),
- * so its logits are bit-identical in any batch, chunking, split over threads and fork.  The one
- * exception is the "batch" form of int8 outliers, which by its definition looks at all rows that a
- * linear layer works on together: there, a chunk. */
+ * Every row goes through the same sums whatever stands beside it (cpu/cpu_ops.h,
+ * core/linear_ref.h), so its logits are bit-identical in any batch, chunking, split over threads
+ * and fork.  The one exception is the "batch" form of int8 outliers, which by its definition looks
+ * at all rows that a linear layer works on together: there, a chunk. */
 #ifndef QLLM_DECODER_STEP_H
 #define QLLM_DECODER_STEP_H
 
@@ -24,7 +24,7 @@ enum { QLLM_STEP_ROWS = 256 };
 typedef struct qllm_step_row {
     const qllm_sequence *sequence;
     int64_t token, position;
-    int64_t path, path_length; /* blocks of its sequence in qllm_scratch.paths, up to its chunk's last */
+    int64_t path, path_length; /* its sequence's blocks in qllm_scratch.paths: first, number */
     const qllm_kv_block *block; /* holds `position` */
     int64_t wanted;            /* its row of logits, or -1 */
 } qllm_step_row;
@@ -68,8 +68,8 @@ qllm_status qllm_cpu_step(qllm_decoder *decoder, qllm_sequence *const *sequences
                           const int64_t *tokens, const bool *want, int64_t n, float *logits,
                           qllm_error *error);
 
-/* Makes the buffers hold `rows` rows, paths of `paths` blocks in all and of `spans` blocks each, and
- * `positions` positions; on failure they hold what they held. */
+/* Makes the buffers hold `rows` rows, paths of `paths` blocks in all and of `spans` blocks each,
+ * and `positions` positions; on failure they hold what they held. */
 qllm_status qllm_scratch_grow(qllm_decoder *decoder, int64_t rows, int64_t paths, int64_t spans,
                               int64_t positions, qllm_error *error);
 void qllm_scratch_clear(qllm_scratch *scratch);

@@ -50,8 +50,8 @@ static qllm_status find_slot(const qllm_decoder_config *config, const char *name
                          "lists them", name);
     qllm_slot_describe(config, *index, slot);
     if (slot->kind != kind)
-        return qllm_fail(error, QLLM_VALUE, "slot '%s': this slot is set with %s, not with %s", name,
-                         setters[slot->kind], setters[kind]);
+        return qllm_fail(error, QLLM_VALUE, "slot '%s': this slot is set with %s, not with %s",
+                         name, setters[slot->kind], setters[kind]);
     return QLLM_OK;
 }
 
@@ -90,9 +90,9 @@ qllm_status qllm_weight_pack(const qllm_decoder_config *config, const char *slot
         return qllm_fail(error, QLLM_VALUE, "slot '%s': the bias has %" PRId64 " values, expected %"
                          PRId64, slot.name, bias_length, slot.rows);
     if (source->format == QLLM_FORMAT_INT8 && slot.cols > QLLM_INT8_MAX_COLS)
-        return qllm_fail(error, QLLM_UNSUPPORTED, "slot '%s': int8 is offered for at most %d columns, "
-                         "found %" PRId64 "; use another format", slot.name, QLLM_INT8_MAX_COLS,
-                         slot.cols);
+        return qllm_fail(error, QLLM_UNSUPPORTED, "slot '%s': int8 is offered for at most %d "
+                         "columns, found %" PRId64 "; use another format", slot.name,
+                         QLLM_INT8_MAX_COLS, slot.cols);
     if (bias != NULL)
         status = copy_floats(bias, bias_length, slot.name, &out->values, error);
     if (status == QLLM_OK)
@@ -150,8 +150,8 @@ qllm_status qllm_weight_embedding(const qllm_decoder_config *config, const qllm_
     if (status != QLLM_OK)
         return status;
     if (!qllm_format_is_float(source->format))
-        return qllm_fail(error, QLLM_UNSUPPORTED, "slot 'embedding': format %s is not offered for the "
-                         "embedding; use f32, f16 or bf16", qllm_format_name(source->format));
+        return qllm_fail(error, QLLM_UNSUPPORTED, "slot 'embedding': format %s is not offered for "
+                         "the embedding; use f32, f16 or bf16", qllm_format_name(source->format));
     return qllm_qweight_copy(source, slot.name, out, error);
 }
 

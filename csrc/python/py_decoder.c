@@ -1,4 +1,4 @@
-/* The types qllm._core.Decoder and qllm._core.Sequence, over the table of a device. */
+/* The type qllm._core.Decoder, over the table of a device. */
 #include "python/py_decoder.h"
 
 #include <math.h>
@@ -10,126 +10,7 @@
 #include "python/array.h"
 #include "python/py_quant.h"
 
-typedef struct decoder_object {
-    PyObject_HEAD
-    const qllm_backend *backend;
-    qllm_decoder *decoder;
-} decoder_object;
-
-typedef struct sequence_object {
-    PyObject_HEAD
-    decoder_object *owner; /* keeps the decoder alive */
-    qllm_sequence *sequence;
-} sequence_object;
-
-/* Sequence --------------------------------------------------------------------------------------- */
-
-/* A new Sequence that takes over `sequence`, also on failure. */
-static PyObject *wrap_sequence(decoder_object *owner, qllm_sequence *sequence)
-{
-    PyTypeObject *type = qllm_state_of_type(Py_TYPE(owner))->sequence_type;
-    sequence_object *self = (sequence_object *)type->tp_alloc(type, 0);
-    if (self == NULL) {
-        owner->backend->sequence_destroy(sequence);
-        return NULL;
-    }
-    self->owner = (decoder_object *)Py_NewRef(owner);
-    self->sequence = sequence;
-    return (PyObject *)self;
-}
-
-static int sequence_traverse(PyObject *self, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(((sequence_object *)self)->owner);
-    return 0;
-}
-
-static void sequence_dealloc(PyObject *object)
-{
-    sequence_object *self = (sequence_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    PyObject_GC_UnTrack(object);
-    if (self->owner != NULL)
-        self->owner->backend->sequence_destroy(self->sequence);
-    Py_XDECREF(self->owner);
-    type->tp_free(object);
-    Py_DECREF(type);
-}
-
-static PyObject *sequence_get_length(PyObject *object, void *closure)
-{
-    sequence_object *self = (sequence_object *)object;
-    (void)closure;
-    return PyLong_FromLongLong(self->owner->backend->sequence_length(self->sequence));
-}
-
-static PyObject *sequence_fork(PyObject *object, PyObject *unused)
-{
-    sequence_object *self = (sequence_object *)object;
-    qllm_sequence *fork;
-    qllm_error error;
-    qllm_status status;
-    (void)unused;
-    Py_BEGIN_ALLOW_THREADS
-    status = self->owner->backend->sequence_fork(self->sequence, &fork, &error);
-    Py_END_ALLOW_THREADS
-    if (status != QLLM_OK)
-        return qllm_raise(qllm_state_of_type(Py_TYPE(object)), &error);
-    return wrap_sequence(self->owner, fork);
-}
-
-static PyObject *sequence_truncate(PyObject *object, PyObject *argument)
-{
-    sequence_object *self = (sequence_object *)object;
-    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
-    qllm_error error;
-    qllm_status status;
-    int64_t length;
-    if (qllm_to_int64(state, argument, "length", &length) < 0)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = self->owner->backend->sequence_truncate(self->sequence, length, &error);
-    Py_END_ALLOW_THREADS
-    if (status != QLLM_OK)
-        return qllm_raise(state, &error);
-    Py_RETURN_NONE;
-}
-
-static PyGetSetDef sequence_getset[] = {
-    {"length", sequence_get_length, NULL, "Positions stored so far.", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-
-static PyMethodDef sequence_methods[] = {
-    {"fork", sequence_fork, METH_NOARGS,
-     "fork()\n--\n\nA new Sequence that shares the keys and values stored so far (they are stored once "
-     "and never\nchanged); both go on independently."},
-    {"truncate", sequence_truncate, METH_O,
-     "truncate(length, /)\n--\n\nForget the positions from `length` on, 0 <= length <= self.length; "
-     "shared parts are never changed."},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot sequence_slots[] = {
-    {Py_tp_doc, "The keys and values of one sequence, made by Decoder.sequence() or fork(); freed with "
-                "the object."},
-    {Py_tp_dealloc, sequence_dealloc},
-    {Py_tp_traverse, sequence_traverse},
-    {Py_tp_getset, sequence_getset},
-    {Py_tp_methods, sequence_methods},
-    {0, NULL},
-};
-
-static PyType_Spec sequence_spec = {
-    .name = "qllm._core.Sequence",
-    .basicsize = sizeof(sequence_object),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE |
-             Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = sequence_slots,
-};
-
-/* Decoder: making and freeing -------------------------------------------------------------------- */
+/* making and freeing --------------------------------------------------------------------------- */
 
 static int parse_options(const qllm_state *state, PyObject *threads, PyObject *threshold,
                          const char *outliers, qllm_decoder_options *options)
@@ -150,8 +31,8 @@ static int parse_options(const qllm_state *state, PyObject *threads, PyObject *t
         if (qllm_to_double(state, threshold, "int8_threshold", &limit) < 0)
             return -1;
         if (!isfinite(limit)) {
-            qllm_raise_value(state, "int8_threshold: %R, expected a finite number (0 or less switches "
-                             "the outliers off)", threshold);
+            qllm_raise_value(state, "int8_threshold: %R, expected a finite number (0 or less "
+                             "switches the outliers off)", threshold);
             return -1;
         }
         options->int8_threshold = (float)limit;
@@ -178,7 +59,7 @@ static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
                                      &threads, &options.variant, &threshold, &outliers) ||
         parse_options(state, threads, threshold, outliers, &options) < 0)
         return NULL;
-    decoder_object *self = (decoder_object *)type->tp_alloc(type, 0);
+    qllm_decoder_object *self = (qllm_decoder_object *)type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
     int failed = qllm_parse_config(state, dict, &parsed) < 0;
@@ -202,7 +83,7 @@ static int decoder_traverse(PyObject *self, visitproc visit, void *arg)
 
 static void decoder_dealloc(PyObject *object)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     if (self->backend != NULL)
@@ -211,10 +92,10 @@ static void decoder_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-/* Decoder: weights ------------------------------------------------------------------------------- */
+/* weights -------------------------------------------------------------------------------------- */
 
 /* Asks for one slot without the GIL: a step in another thread may hold the device's lock. */
-static void describe_slot(const decoder_object *self, int64_t index, qllm_slot *slot)
+static void describe_slot(const qllm_decoder_object *self, int64_t index, qllm_slot *slot)
 {
     Py_BEGIN_ALLOW_THREADS
     self->backend->slot(self->decoder, index, slot);
@@ -223,7 +104,7 @@ static void describe_slot(const decoder_object *self, int64_t index, qllm_slot *
 
 static PyObject *decoder_slots(PyObject *object, PyObject *unused)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     PyObject *result = PyDict_New();
     (void)unused;
     for (int64_t i = 0; result != NULL && i < self->backend->slot_count(self->decoder); i++) {
@@ -241,7 +122,7 @@ static PyObject *decoder_slots(PyObject *object, PyObject *unused)
 
 static PyObject *decoder_missing(PyObject *object, PyObject *unused)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     PyObject *result = PyList_New(0);
     (void)unused;
     for (int64_t i = 0; result != NULL && i < self->backend->slot_count(self->decoder); i++) {
@@ -260,7 +141,7 @@ static PyObject *decoder_missing(PyObject *object, PyObject *unused)
 static PyObject *decoder_set_linear(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"slot", "weight", "bias", NULL};
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
     PyObject *tensor, *bias_object = Py_None, *bias = NULL;
     const char *slot;
@@ -291,7 +172,7 @@ static PyObject *decoder_set_linear(PyObject *object, PyObject *args, PyObject *
 static PyObject *decoder_set_vector(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"slot", "values", NULL};
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
     PyObject *values;
     const char *slot;
@@ -315,7 +196,7 @@ static PyObject *decoder_set_vector(PyObject *object, PyObject *args, PyObject *
 
 static PyObject *decoder_set_embedding(PyObject *object, PyObject *tensor)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
     const qllm_qweight *weight = qllm_quantized_tensor_weight(state, tensor);
     qllm_error error;
@@ -332,7 +213,7 @@ static PyObject *decoder_set_embedding(PyObject *object, PyObject *tensor)
 
 static PyObject *decoder_linear(PyObject *object, PyObject *argument)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
     qllm_qweight weight;
     qllm_error error;
@@ -352,20 +233,20 @@ static PyObject *decoder_linear(PyObject *object, PyObject *argument)
     return qllm_quantized_tensor_wrap(state, &weight, NULL);
 }
 
-/* Decoder: steps --------------------------------------------------------------------------------- */
+/* steps ---------------------------------------------------------------------------------------- */
 
 static PyObject *decoder_sequence(PyObject *object, PyObject *unused)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     qllm_sequence *sequence;
     qllm_error error;
     (void)unused;
     if (self->backend->sequence_create(self->decoder, &sequence, &error) != QLLM_OK)
         return qllm_raise(qllm_state_of_type(Py_TYPE(object)), &error);
-    return wrap_sequence(self, sequence);
+    return qllm_wrap_sequence(self, sequence);
 }
 
-/* The arguments of a step in memory of its own: nobody can change them while the GIL is released. */
+/* The arguments of a step in memory of its own: nobody changes them while the GIL is released. */
 typedef struct step_arguments {
     PyObject *objects; /* tuple that keeps the sequences alive */
     qllm_sequence **sequences;
@@ -382,7 +263,7 @@ static void clear_step(step_arguments *step)
     qllm_free(step->want);
 }
 
-static int take_sequences(const qllm_state *state, decoder_object *self, PyObject *list,
+static int take_sequences(const qllm_state *state, qllm_decoder_object *self, PyObject *list,
                           step_arguments *step)
 {
     if (!PyList_Check(list) && !PyTuple_Check(list)) {
@@ -414,12 +295,12 @@ static int take_sequences(const qllm_state *state, decoder_object *self, PyObjec
                          (long long)i, Py_TYPE(item)->tp_name);
             return -1;
         }
-        if (((sequence_object *)item)->owner != self) {
+        if (((qllm_sequence_object *)item)->owner != self) {
             qllm_raise_value(state, "sequences[%lld]: made by another decoder; use this decoder's "
                              "sequence()", (long long)i);
             return -1;
         }
-        step->sequences[i] = ((sequence_object *)item)->sequence;
+        step->sequences[i] = ((qllm_sequence_object *)item)->sequence;
     }
     return 0;
 }
@@ -444,7 +325,7 @@ static int take_values(const qllm_state *state, PyObject *object, qllm_array_kin
 static PyObject *decoder_step(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"sequences", "tokens", "want", NULL};
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
     PyObject *list, *tokens, *want = Py_None, *logits = NULL;
     step_arguments step = {0};
@@ -483,11 +364,11 @@ static PyObject *decoder_step(PyObject *object, PyObject *args, PyObject *kwargs
     return logits;
 }
 
-/* Decoder: reports ------------------------------------------------------------------------------- */
+/* reports -------------------------------------------------------------------------------------- */
 
 static PyObject *decoder_nbytes(PyObject *object, PyObject *unused)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     qllm_decoder_bytes bytes;
     (void)unused;
     Py_BEGIN_ALLOW_THREADS
@@ -498,8 +379,8 @@ static PyObject *decoder_nbytes(PyObject *object, PyObject *unused)
                          "scratch", (long long)bytes.scratch);
 }
 
-/* The names of the kernels of one format as a list; NULL without an exception when there are none. */
-static PyObject *kernel_list(const decoder_object *self, qllm_format format)
+/* The names of the kernels of one format as a list; NULL without an exception: there are none. */
+static PyObject *kernel_list(const qllm_decoder_object *self, qllm_format format)
 {
     enum { CAPACITY = 32 };
     const char *texts[CAPACITY];
@@ -519,7 +400,7 @@ static PyObject *kernel_list(const decoder_object *self, qllm_format format)
 
 static PyObject *decoder_info(PyObject *object, PyObject *unused)
 {
-    decoder_object *self = (decoder_object *)object;
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
     qllm_decoder_info info;
     (void)unused;
     PyObject *kernels = PyDict_New();
@@ -527,7 +408,8 @@ static PyObject *decoder_info(PyObject *object, PyObject *unused)
         PyObject *list = kernel_list(self, (qllm_format)f);
         if (list == NULL && !PyErr_Occurred())
             continue;
-        if (list == NULL || PyDict_SetItemString(kernels, qllm_format_name((qllm_format)f), list) < 0)
+        const char *format = qllm_format_name((qllm_format)f);
+        if (list == NULL || PyDict_SetItemString(kernels, format, list) < 0)
             Py_CLEAR(kernels);
         Py_XDECREF(list);
     }
@@ -543,28 +425,28 @@ static PyObject *decoder_info(PyObject *object, PyObject *unused)
 
 static PyMethodDef decoder_methods[] = {
     {"slots", decoder_slots, METH_NOARGS,
-     "slots()\n--\n\nEvery slot this config needs and its shape, in a stable order; those of linear "
-     "layers and of the\nembedding are (rows, cols)."},
+     "slots()\n--\n\nEvery slot this config needs and its shape, in a stable order; those of "
+     "linear layers and of the\nembedding are (rows, cols)."},
     {"missing", decoder_missing, METH_NOARGS,
-     "missing()\n--\n\nThe slots that are needed and not set yet; step raises while there are any."},
+     "missing()\n--\n\nThe slots that are needed and not set; step raises while there are any."},
     {"set_linear", (PyCFunction)(void (*)(void))decoder_set_linear, METH_VARARGS | METH_KEYWORDS,
-     "set_linear(slot, weight, bias=None)\n--\n\nPacks a QuantizedTensor (rows, cols) of any format "
-     "and a bias, float32 (rows,), into a linear\nslot; what was there is kept on failure."},
+     "set_linear(slot, weight, bias=None)\n--\n\nPacks a QuantizedTensor (rows, cols) of any "
+     "format and a bias, float32 (rows,), into a linear\nslot; what was there is kept on failure."},
     {"set_vector", (PyCFunction)(void (*)(void))decoder_set_vector, METH_VARARGS | METH_KEYWORDS,
      "set_vector(slot, values)\n--\n\nSets the weight or bias of a norm, float32 (n,)."},
     {"set_embedding", decoder_set_embedding, METH_O,
-     "set_embedding(weight, /)\n--\n\nSets the input embedding: a QuantizedTensor (vocab, hidden) of a "
-     "float format."},
+     "set_embedding(weight, /)\n--\n\nSets the input embedding: a QuantizedTensor (vocab, hidden) "
+     "of a float format."},
     {"linear", decoder_linear, METH_O,
-     "linear(slot, /)\n--\n\nThe weight of a linear slot or of the embedding as a QuantizedTensor: the "
-     "bytes that were set."},
+     "linear(slot, /)\n--\n\nThe weight of a linear slot or of the embedding as a QuantizedTensor: "
+     "the bytes that were set."},
     {"sequence", decoder_sequence, METH_NOARGS, "sequence()\n--\n\nA new, empty Sequence."},
     {"step", (PyCFunction)(void (*)(void))decoder_step, METH_VARARGS | METH_KEYWORDS,
-     "step(sequences, tokens, want=None)\n--\n\nLogits, float32 (wanted rows, vocab), of one row per "
-     "(sequences[i], tokens[i]): the rows of a\nsequence are consecutive and are its next positions. "
-     "want: bool (n,), default all.  On any error no\nsequence has changed.  A row's logits are the "
-     "same bits whatever stands beside it, except with\nint8_outliers=\"batch\", where the rows of a "
-     "chunk share their outlier columns by definition."},
+     "step(sequences, tokens, want=None)\n--\n\nLogits, float32 (wanted rows, vocab), of one row "
+     "per (sequences[i], tokens[i]): the rows of a\nsequence are consecutive and are its next "
+     "positions. want: bool (n,), default all.  On any error no\nsequence has changed.  A row's "
+     "logits are the same bits whatever stands beside it, except with\nint8_outliers=\"batch\", "
+     "where the rows of a chunk share their outlier columns by definition."},
     {"info", decoder_info, METH_NOARGS,
      "info()\n--\n\ndevice, isa, threads, cpu_model, compute, kernels ({format: [names]}), "
      "int8_threshold, int8_outliers."},
@@ -576,7 +458,8 @@ static PyMethodDef decoder_methods[] = {
 static PyType_Slot decoder_type_slots[] = {
     {Py_tp_doc, "Decoder(config, *, device='cpu', threads=None, isa=None, int8_threshold=6.0, "
                 "int8_outliers='row')\n--\n\nA decoder of transformer blocks: weights by slot, "
-                "sequences that fork, steps of a batch.\nconfig: the fields of csrc/decoder/config.h."},
+                "sequences that fork, steps of a batch.\n"
+                "config: the fields of csrc/decoder/config.h."},
     {Py_tp_new, decoder_new},
     {Py_tp_dealloc, decoder_dealloc},
     {Py_tp_traverse, decoder_traverse},
@@ -586,16 +469,10 @@ static PyType_Slot decoder_type_slots[] = {
 
 static PyType_Spec decoder_spec = {
     .name = "qllm._core.Decoder",
-    .basicsize = sizeof(decoder_object),
+    .basicsize = sizeof(qllm_decoder_object),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = decoder_type_slots,
 };
-
-static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **out)
-{
-    *out = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
-    return *out == NULL ? -1 : PyModule_AddType(module, *out);
-}
 
 int qllm_setup_decoder(PyObject *module)
 {
@@ -605,6 +482,8 @@ int qllm_setup_decoder(PyObject *module)
         qllm_raise(state, &error);
         return -1;
     }
-    return add_type(module, &sequence_spec, &state->sequence_type) < 0 ||
-                   add_type(module, &decoder_spec, &state->decoder_type) < 0 ? -1 : 0;
+    if (qllm_setup_sequence(module) < 0)
+        return -1;
+    state->decoder_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &decoder_spec, NULL);
+    return state->decoder_type == NULL ? -1 : PyModule_AddType(module, state->decoder_type);
 }

@@ -1,9 +1,28 @@
-/* The description of a decoder as it comes from Python. */
+/* What the files of Decoder and Sequence share: the objects, and a config read from a dict. */
 #ifndef QLLM_PYTHON_PY_DECODER_H
 #define QLLM_PYTHON_PY_DECODER_H
 
+#include "core/backend.h"
 #include "decoder/config.h"
 #include "python/state.h"
+
+typedef struct qllm_decoder_object {
+    PyObject_HEAD
+    const qllm_backend *backend;
+    qllm_decoder *decoder;
+} qllm_decoder_object;
+
+typedef struct qllm_sequence_object {
+    PyObject_HEAD
+    qllm_decoder_object *owner; /* keeps the decoder alive */
+    qllm_sequence *sequence;
+} qllm_sequence_object;
+
+/* A new Sequence that takes over `sequence`, also on failure. */
+PyObject *qllm_wrap_sequence(qllm_decoder_object *owner, qllm_sequence *sequence);
+
+/* Adds the type to the module: part of qllm_setup_decoder. */
+int qllm_setup_sequence(PyObject *module);
 
 enum { QLLM_CONFIG_ARRAYS = 2 };
 

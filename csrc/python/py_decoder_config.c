@@ -166,8 +166,8 @@ static int refuse_field(const qllm_state *state, PyObject *dict, const char *nam
 {
     if (field(state, dict, name, 0) == NULL)
         return 0;
-    qllm_raise_value(state, "config: '%s' is given, but has no meaning with position '%s'; leave it "
-                     "out", name, position);
+    qllm_raise_value(state, "config: '%s' is given, but has no meaning with position '%s'; leave "
+                     "it out", name, position);
     return -1;
 }
 
@@ -191,7 +191,8 @@ static int read_positions(const qllm_state *state, PyObject *dict, qllm_parsed_c
         return -1;
     int dynamic = c->rope_dynamic_factor != 0;
     if (read_double(state, dict, "rope_base", dynamic, &c->rope_base) < 0 ||
-        read_int(state, dict, "rope_original_positions", dynamic, &c->rope_original_positions) < 0 ||
+        read_int(state, dict, "rope_original_positions", dynamic,
+                 &c->rope_original_positions) < 0 ||
         read_array(state, dict, "rope_inv_freq", 1, QLLM_ARRAY_F32, c->rotary_dim / 2,
                    &parsed->arrays[0], &data) < 0)
         return -1;
