@@ -35,9 +35,9 @@ def patterns(value: str | Sequence[str] | None, name: str) -> tuple[str, ...] | 
     """One glob pattern or several as a tuple; None stays None. Raises `QllmValueError`."""
     if value is None:
         return None
-    found = (value,) if isinstance(value, str) else value
+    found: tuple[Any, ...]
     try:
-        found = tuple(found)
+        found = (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
         found = (value,)
     for pattern in found:

@@ -154,6 +154,7 @@ def run(decoder: Any, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
         for prompt, row_logits in zip(new, logits[len(active) :]):
             prompt.logits = row_logits[None].copy()  # not a view that keeps the whole step alive
         for prompt, started in entering:
+            assert prompt.logits is not None
             _draw(started, np.repeat(prompt.logits, len(started), axis=0))
             _start(prompt, started)
             drawn += started
@@ -196,7 +197,7 @@ def _step(decoder: Any, active: list[Row], new: list[_Prompt]) -> np.ndarray:
 
 
 def _start(prompt: _Prompt, started: list[Row]) -> None:
-    """Gives each row a sequence that goes on from the prompt's; the last row takes that itself."""
+    """Gives each row a sequence that goes on from the prompt's; with the last row that one ends."""
     for row in started:
         row.sequence = prompt.sequence.fork() if row.finish_reason is None else None
     if not prompt.waiting:
@@ -237,7 +238,9 @@ def token_ids(value: Any, vocab: int, what: str) -> tuple[int, ...]:
     try:
         items = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else list(value)
     except TypeError:
-        raise QllmValueError(f"{what} is a {type(value).__name__}; token ids were expected") from None
+        raise QllmValueError(
+            f"{what} is a {type(value).__name__}; token ids were expected"
+        ) from None
     for place, item in enumerate(items):
         try:
             token = -1 if isinstance(item, bool) else operator.index(item)
@@ -297,7 +300,8 @@ def _is_list(name: str, value: Any) -> bool:
     if not isinstance(value, (list, tuple)):
         return False
     if name in ("stop", "eos_token_id"):
-        return bool(value) and all(item is None or isinstance(item, (list, tuple)) for item in value)
+        nested = (list, tuple, type(None))
+        return bool(value) and all(isinstance(item, nested) for item in value)
     return True
 
 

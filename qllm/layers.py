@@ -53,12 +53,12 @@ class Layers:
 
     def load(self, config: QuantConfig | None) -> None:
         """Sets every layer, in the folder's format where `config` does not select it."""
-        selected = {} if config is None else self._select(config)[0]
-        for linear in self._modules.values():
-            if linear.module in selected:
-                self._states[linear.module] = self._set(linear, config.format, config.blocksize)
+        selected = set() if config is None else set(self._select(config)[0])
+        for module, linear in self._modules.items():
+            if config is not None and module in selected:
+                self._states[module] = self._set(linear, config.format, config.blocksize)
             else:
-                self._states[linear.module] = self._set(linear, ORIGINAL, 0)
+                self._states[module] = self._set(linear, ORIGINAL, 0)
 
     def quantize(self, config: QuantConfig) -> QuantReport:
         """Swaps the layers that `config` selects; see `Model.quantize_`."""

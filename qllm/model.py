@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class Model:
         skip: str | Sequence[str] | None = None,
         blocksize: int = 64,
         int8_threshold: float | None = None,
-        int8_outliers: str = "row",
+        int8_outliers: Literal["row", "batch"] = "row",
         quantize_head: bool = False,
     ) -> Model:
         """Loads a folder, a built-in model ("demo:llama", "demo:falcon") or a model of the hub.
@@ -169,9 +169,10 @@ class Model:
         and for layers that the format cannot hold, `QllmUnsupportedError` for a layer which the
         folder has only quantized and which is to become something else.
         """
-        return self._layers.quantize(
-            _quant_config(format, include, skip, blocksize, quantize_head)
-        )
+        config = _quant_config(format, include, skip, blocksize, quantize_head)
+        if config is None:
+            raise QllmValueError("format is None; name one, as in quantize_('nf4')")
+        return self._layers.quantize(config)
 
     def report(self) -> QuantReport:
         """The report of all linear layers as they are now."""
@@ -458,6 +459,8 @@ class Model:
         exist, or be empty. Needs the package safetensors.
 
         A mixture of int8 and 4-bit layers is refused, because no quantization_config describes it.
+        transformers leaves the layers of Falcon unquantized whatever that says, so it cannot load a
+        quantized Falcon; qllm can.
         """
         from .saving import save
 

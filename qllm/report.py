@@ -1,10 +1,10 @@
-"""What quantization did to each layer, and what a loaded model is: plain records that print well."""
+"""What quantization did to each layer, and what a loaded model is: records that print well."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class QuantReport:
     def to_frame(self) -> Any:
         """A pandas.DataFrame with one row a layer."""
         try:
-            import pandas
+            import pandas  # type: ignore[import-untyped, unused-ignore]
         except ImportError:
             raise QllmUnsupportedError(
                 'a data frame needs the package pandas: pip install "qllm[study]"'
@@ -165,7 +165,7 @@ def size_text(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
-def text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Columns padded to a common width; a header of empty names is left out."""
     lines = [header, *rows] if any(header) else list(rows)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -174,7 +174,7 @@ def text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     )
 
 
-def html_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def html_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """The same for a notebook."""
 
     def line(tag: str, cells: tuple[str, ...]) -> str:

@@ -198,7 +198,7 @@ def _write_weights(
     if len(files) == 1:
         os.replace(files[0][0], folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         os.replace(path, folder / name)

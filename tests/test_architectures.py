@@ -22,6 +22,9 @@ transformers = pytest.importorskip("transformers", reason="it is the oracle of t
 
 import architecture_models as models  # noqa: E402
 
+# the name of the cache's argument that transformers 4 knows as well
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+
 ISAS = _core.cpu_info()["isas"]
 TOLERANCE = 1e-4  # of the largest logit
 

@@ -227,6 +227,8 @@ def test_an_unknown_format_is_an_error(folder: Path, format: Any) -> None:
     if format is None:
         with pytest.raises(qllm.QllmValueError, match="no format"):
             load(folder, None, skip="lm_head")
+        with pytest.raises(qllm.QllmValueError, match="format is None"):
+            model.quantize_(None)
         return
     for call in (model.quantize_, lambda form: load(folder, form)):
         with pytest.raises(qllm.QllmValueError, match="there is no format .*nf4"):

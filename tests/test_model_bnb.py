@@ -18,6 +18,8 @@ pytest.importorskip("accelerate", reason="transformers loads bitsandbytes with i
 
 import tiny_models  # noqa: E402
 
+torch.set_num_threads(1)  # for models this small, torch's threads take longer than the work
+
 IDS = np.random.default_rng(7).integers(0, 131, 40).tolist()
 # rows of 64 and 128 elements: bitsandbytes' CPU kernels are wrong for some other widths
 CONFIG = tiny_models.LLAMA | {"intermediate_size": 128, "dtype": "float32"}

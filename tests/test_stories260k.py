@@ -111,5 +111,6 @@ def test_perplexities_are_reproduced(
     ours = math.exp(sum(score.nll for score in scores) / tokens)
     assert abs(ours / perplexity - 1) < 0.005, ours
     if format is None:
-        for score, (nll, count) in zip(scores, reference["perplexity"]["first_5_stories_nll_and_tokens"]):
+        first = reference["perplexity"]["first_5_stories_nll_and_tokens"]
+        for score, (nll, count) in zip(scores, first):
             assert len(score.logprobs) == count and abs(score.nll - nll) < 1e-3

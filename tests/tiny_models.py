@@ -75,7 +75,7 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray]) 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
     """A tokenizer.json of `vocab` tokens: <s>, </s>, then single bytes from 0x00, written as
-    byte-level BPE writes them; <s> in front of every text. Bytes beyond the vocabulary are <unk>."""
+    byte-level BPE writes them; <s> in front of every text. Bytes beyond `vocab` are <unk>."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     letters = byte_letters()

@@ -138,9 +138,9 @@ def alibi_slopes(heads: int) -> np.ndarray:
     slopes = [base**i for i in range(1, power + 1)]
     extra = 2.0 ** -(2.0 ** -(math.log2(2 * power) - 3))
     slopes += [extra**i for i in range(1, 2 * (heads - power), 2)]
-    bits = np.array(slopes, np.float32).view(np.uint32).astype(np.uint64)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.astype(np.uint32).view(np.float32)
+    bits = np.array(slopes, np.float32).view(np.uint32)  # positive: no carry leaves the word
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32)
 
 
 def _layer_linears(layer: int, config: dict, bias: bool) -> list[Linear]:
