@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import qllm
 from qllm.architectures import bind, describe
@@ -242,6 +244,54 @@ def test_keys_that_change_nothing_are_passed_over(changes: dict) -> None:
         k: str(v) for k, v in other.decoder.items()
     }
     assert plain.linears == other.linears and plain.vectors == other.vectors
+
+
+KEYS = sorted(
+    {key for start, changes, _ in WRONG + UNSUPPORTED for key in [*start, *changes]}
+    | {"mlp_bias", "sliding_window", "max_window_layers", "layer_norm_epsilon", "ffn_hidden_size"}
+)
+ROPE_KEYS = [
+    "type", "rope_type", "factor", "rope_theta", "low_freq_factor", "high_freq_factor",
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    "original_max_position_embeddings", "partial_rotary_factor",
+]
+NUMBERS = st.one_of(
+    st.integers(-(2**63), 2**63 - 1), st.integers(-2, 70), st.floats(allow_nan=False)
+)
+WORDS = st.sampled_from(["yarn", "llama3", "dynamic", "linear", "default", "gelu", "", "\n", "1"])
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, WORDS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(WORDS, inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+ROPES = st.builds(
+    lambda kind, rest: {"rope_type": kind} | rest,
+    st.sampled_from(["linear", "dynamic", "llama3", "yarn"]),
+    st.dictionaries(st.sampled_from(ROPE_KEYS), st.one_of(NUMBERS, VALUES), max_size=5),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    start=st.sampled_from([LLAMA, FALCON, QWEN2]),
+    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+    rope=st.one_of(st.none(), ROPES),
+)
+def test_any_config_is_understood_or_refused(start: dict, changes: dict, rope: Any) -> None:
+    """No other exception, no figure that is not finite, and no more than a bounded table."""
+    config = start | changes | ({"rope_scaling": rope} if rope else {})
+    if isinstance(config.get("num_hidden_layers"), int) and config["num_hidden_layers"] > 64:
+        config["num_hidden_layers"] = 64  # up to 10,000 are allowed, and would only take time
+    try:
+        decoder = describe(config).decoder
+    except QllmError as error:
+        assert "config.json" in str(error)
+        return
+    if decoder["position"] == "rope":
+        assert np.isfinite(decoder["rope_inv_freq"]).all() and np.isfinite(decoder["rope_scale"])
+        assert len(decoder["rope_inv_freq"]) == decoder["rotary_dim"] // 2 > 0
 
 
 def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:

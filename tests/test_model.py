@@ -280,6 +280,18 @@ def test_bytes_are_those_of_the_format(
     )
 
 
+@pytest.mark.parametrize("format", [*QUANTIZED, "bf16", "f32"])
+def test_the_decoder_holds_as_many_bytes_as_the_report_says(tmp_path: Path, format: str) -> None:
+    """Widths that need no padding: what is more are the tables of each layer."""
+    config = tiny_models.LLAMA | {
+        "vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8
+    }
+    model = load(made(tmp_path, config), format, quantize_head=True)
+    vectors = sum(4 * vector.size for vector in model.architecture.vectors)
+    surplus = model.info().bytes["weights"] - model.report().bytes - vectors
+    assert 0 <= surplus <= 0.035 * model.report().bytes
+
+
 @pytest.mark.parametrize("format", [*QUANTIZED, "f16"])
 def test_error_figures_are_those_of_numpy(folder: Path, format: str) -> None:
     model = load(folder)
