@@ -1,1 +1,29 @@
-"""Temperature studies of quantized models: design, run, measures, statistics, report."""
+"""Temperature studies of quantized models: design, run, measures, statistics, report.
+
+    study = qllm.study.run("smoke", out="my-study")
+    study.claims                  # verdicts with intervals
+    study.plot("divergence")      # a matplotlib figure
+    study.report                  # path of a self-contained HTML file
+"""
+
+from __future__ import annotations
+
+from .design import ARMS, MARGINS, PROFILES, Arm, Design, Speed, Text, resolve
+from .progress import Event
+from .result import Study, load
+from .run import run
+
+__all__ = [
+    "ARMS",
+    "MARGINS",
+    "PROFILES",
+    "Arm",
+    "Design",
+    "Event",
+    "Speed",
+    "Study",
+    "Text",
+    "load",
+    "resolve",
+    "run",
+]

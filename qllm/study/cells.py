@@ -1,0 +1,293 @@
+"""What is computed in one cell of a study: a model in one arm. Needs nothing but its task, gives
+plain lists, numbers and strings, and gives the same ones wherever it runs.
+
+All prompts, temperatures and seeds of a cell are one batch. An arm's cell holds two models, the
+reference and the arm, and compares their logits text by text, so that no more than one text's
+logits exist at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import QllmValueError
+from .design import Arm, Design
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+SPEED = "speed"
+"""The cell in which the speed of all arms is taken, in place of an arm's name."""
+
+MEASURES = ("kl", "kl_reverse", "tv", "disagreement", "entropy_ref", "entropy_test", "max_ref",
+            "delta_p")
+"""What `qllm.logit_stats` gives for every token and temperature and a cell keeps the mean of."""
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """A sample of the reference that all arms read: the ids of its prompt and of what followed."""
+
+    prompt: str
+    seed: int
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell to compute: a model's name, an arm's name or `SPEED`, and for arms the reference's own
+    samples."""
+
+    design: Design
+    model: str
+    arm: str
+    own: tuple[OwnText, ...] = ()
+
+
+def compute(task: Task) -> dict[str, Any]:
+    """The body of the task's cell. Deterministic, `SPEED` apart."""
+    if task.arm == SPEED:
+        return _speed_cell(task)
+    arm = task.design.arm(task.arm)
+    model, report = _load(task, arm)
+    reference = model
+    if arm.role != "reference":
+        reference, _ = _load(task, task.design.reference)
+    body: dict[str, Any] = {
+        "generations": _generations(task.design, arm, model, reference),
+        "texts": [],
+        "weights": report,
+        "environment": environment(model),
+    }
+    if arm.role != "reference":
+        body["texts"] = [
+            _compare(text, model, reference, task.design.logit_temperatures)
+            for text in _texts(task, reference)
+        ]
+    return body
+
+
+def own_texts(design: Design, body: dict[str, Any]) -> tuple[OwnText, ...]:
+    """The reference's samples at `design.own_temperature`, from the body of its cell; samples
+    without a token are left out."""
+    return tuple(
+        OwnText(sample["prompt"], sample["seed"], tuple(sample["prompt_ids"]), tuple(sample["ids"]))
+        for sample in body["generations"]
+        if sample["temperature"] == design.own_temperature and sample["ids"]
+    )
+
+
+def _load(task: Task, arm: Arm) -> tuple[Model, list[dict[str, Any]]]:
+    """The model in the arm's format, and a row for each of its linear layers."""
+    from ..model import Model
+
+    design = task.design
+    model = Model.from_pretrained(
+        task.model,
+        compute=design.compute,
+        threads=arm.threads or design.threads,
+        int8_threshold=design.int8_threshold,
+    )
+    return model, _swap(model, arm, design)
+
+
+def _swap(model: Model, arm: Arm, design: Design) -> list[dict[str, Any]]:
+    report = model.quantize_(
+        arm.format, blocksize=arm.blocksize, quantize_head=design.quantize_head
+    )
+    return [
+        {
+            "module": row.module,
+            "format": row.format,
+            "shape": [int(size) for size in row.shape],
+            "bytes": int(row.bytes),
+            "bits_per_weight": float(row.bits_per_weight),
+            "rmse": _finite(row.rmse),
+            "sqnr_db": _finite(row.sqnr_db),
+        }
+        for row in report.rows
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: None stands for a figure that is none (SQNR of an exact layer)."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def environment(model: Model) -> dict[str, Any]:
+    """On what a cell was computed, as far as it says how: device, instruction set, kernels."""
+    info = model.info()
+    return {
+        "cpu": info.cpu,
+        "device": info.device,
+        "isa": info.isa,
+        "compute": info.compute,
+        "kernels": info.kernels,
+    }
+
+
+def _generations(
+    design: Design, arm: Arm, model: Model, reference: Model
+) -> list[dict[str, Any]]:
+    from ..model import GenerationConfig, Request
+
+    grid = [
+        (temperature, seed, prompt)
+        for temperature in design.temperatures
+        for seed in design.seeds
+        for prompt in design.prompts
+    ]
+    requests = [
+        Request(
+            prompt.text,
+            GenerationConfig(
+                temperature=temperature,
+                top_k=design.top_k,
+                max_new_tokens=design.max_new_tokens,
+                seed=seed,
+                ignore_eos=design.ignore_eos,
+            ),
+        )
+        for temperature, seed, prompt in grid
+    ]
+    samples = model.generate_batch(requests, batch_size=arm.batch_size or design.batch_size)
+    scores: dict[tuple[int, ...], float | None] = {}
+    rows = []
+    for (temperature, seed, prompt), sample in zip(grid, samples, strict=True):
+        whole = (*sample.prompt_ids, *sample.ids)
+        if whole not in scores:
+            scores[whole] = _nll(reference, whole, len(sample.prompt_ids))
+        rows.append({
+            "temperature": temperature,
+            "seed": seed,
+            "prompt": prompt.id,
+            "prompt_ids": [int(token) for token in sample.prompt_ids],
+            "ids": [int(token) for token in sample.ids],
+            "text": sample.text or "",
+            "finish": sample.finish_reason,
+            "nll_reference": scores[whole],
+        })
+    return rows
+
+
+def _nll(reference: Model, ids: Sequence[int], start: int) -> float | None:
+    """Mean negative log-probability of the tokens from `start` on, nats; None without any."""
+    start = max(start, 1)
+    if len(ids) <= start:
+        return None
+    return -float(np.mean(_logprobs(reference, ids, start)))
+
+
+def _logprobs(model: Model, ids: Sequence[int], start: int) -> np.ndarray:
+    """Log-probabilities of the tokens from `start` (1 or more) on, float64."""
+    return np.asarray(model.score(list(ids)).logprobs, np.float64)[start - 1 :]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Token ids to be read; the tokens from `start` on are those which are compared."""
+
+    source: str
+    id: str
+    kind: str
+    seed: int | None
+    ids: tuple[int, ...]
+    start: int
+
+
+def _texts(task: Task, reference: Model) -> Iterator[_Reading]:
+    kinds = {prompt.id: prompt.kind for prompt in task.design.prompts}
+    for own in task.own:
+        ids = own.prompt_ids + own.ids
+        yield _Reading("own", own.prompt, kinds[own.prompt], own.seed, ids,
+                       max(1, len(own.prompt_ids)))
+    for text in task.design.texts:
+        ids = tuple(int(token) for token in reference.encode(text.text))
+        if len(ids) < 2:
+            raise QllmValueError(
+                f"the text {text.id!r} is {len(ids)} token for {task.model}; at least two are"
+                " needed to compare anything"
+            )
+        yield _Reading("held", text.id, text.kind, None, ids, 1)
+
+
+def _compare(
+    text: _Reading, model: Model, reference: Model, temperatures: Sequence[float]
+) -> dict[str, Any]:
+    """How the arm's next-token distributions differ from the reference's, meaned over the text."""
+    from .. import logit_stats
+
+    read, targets = list(text.ids[:-1]), np.asarray(text.ids[text.start :], np.int64)
+    before = text.start - 1
+    found = logit_stats(
+        reference.logits(read)[before:],
+        model.logits(read)[before:],
+        np.asarray(temperatures, np.float64),
+        targets=targets,
+    )
+    curves = {name: _means(getattr(found, name)) for name in MEASURES}
+    curves["delta_p_squared"] = _means(np.square(found.delta_p))
+    gain = _logprobs(reference, text.ids, text.start) - _logprobs(model, text.ids, text.start)
+    return {
+        "source": text.source,
+        "id": text.id,
+        "kind": text.kind,
+        "seed": text.seed,
+        "tokens": len(targets),
+        "same_top": float(np.mean(found.same_top)),
+        "ln_ppl_ratio": float(np.mean(gain)),
+        "curves": curves,
+    }
+
+
+def _means(values: np.ndarray) -> list[float]:
+    """(tokens, temperatures) -> the mean over the tokens at each temperature."""
+    return [float(mean) for mean in np.asarray(values, np.float64).mean(axis=0)]
+
+
+def _speed_cell(task: Task) -> dict[str, Any]:
+    """Seconds of every arm in every round, the arms in turn on one model in one process, each
+    round beginning with another arm."""
+    design, speed = task.design, task.design.speed
+    assert speed is not None
+    arms = [arm for arm in design.arms if arm.role != "null"]
+    model, _ = _load(task, arms[0])
+    ids = _timing_ids(model, design, speed.prompt_tokens)
+    rows: list[dict[str, Any]] = []
+    for turn in range(speed.rounds):
+        first = turn % len(arms)
+        for arm in arms[first:] + arms[:first]:
+            _swap(model, arm, design)
+            for _ in range(speed.warmups):
+                _timed(model, ids, 1)
+                _timed(model, ids[:1], speed.decode_tokens)
+            rows.append({
+                "arm": arm.name,
+                "round": turn,
+                "prefill_seconds": _timed(model, ids, 1),
+                "decode_seconds": _timed(model, ids[:1], speed.decode_tokens),
+            })
+    rows.sort(key=lambda row: (row["round"], [arm.name for arm in arms].index(row["arm"])))
+    return {"rounds": rows, "environment": {**environment(model), "threads": model.info().threads}}
+
+
+def _timing_ids(model: Model, design: Design, length: int) -> list[int]:
+    """`length` token ids of the design's own texts, repeated as often as needed."""
+    text = " ".join(text.text for text in (*design.texts, *design.prompts))
+    ids = [int(token) for token in model.encode(text)]
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def _timed(model: Model, ids: Sequence[int], tokens: int) -> float:
+    """Seconds to read `ids` and write `tokens`, greedily. One id read and n tokens written are n
+    steps of one token each."""
+    start = time.perf_counter()
+    model.generate(list(ids), temperature=0.0, max_new_tokens=tokens, ignore_eos=True)
+    return time.perf_counter() - start

@@ -1,0 +1,67 @@
+"""What a study tells while it runs: nothing, a bar or lines, or whatever a callback makes of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import QllmValueError
+
+
+@dataclass(frozen=True)
+class Event:
+    """Step `done` of `total` has ended, or (`notice`) something worth a line has happened."""
+
+    done: int
+    total: int
+    text: str
+    notice: bool = False
+
+
+Listener = Callable[[Event], None]
+
+
+def listener(progress: bool | Listener | None) -> Listener:
+    """The listener that `progress` means: None and False are silent, True is a bar on a terminal
+    and plain lines elsewhere (both on stderr), a callable is called with every `Event`."""
+    if progress is None or progress is False:
+        return lambda event: None
+    if progress is True:
+        return _bar() if sys.stderr.isatty() else _lines()
+    if not callable(progress):
+        raise QllmValueError("progress must be None, True, False or a callable")
+    return progress
+
+
+def _lines() -> Listener:
+    start = time.monotonic()
+
+    def tell(event: Event) -> None:
+        place = "note" if event.notice else f"{event.done}/{event.total}"
+        print(f"[{time.monotonic() - start:7.1f} s] {place}: {event.text}", file=sys.stderr,
+              flush=True)
+
+    return tell
+
+
+def _bar() -> Listener:
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def tell(event: Event) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=event.total, unit="step", file=sys.stderr, dynamic_ncols=True)
+        if event.notice:
+            bar.write(event.text, file=sys.stderr)
+        else:
+            bar.set_description_str(event.text, refresh=False)
+            bar.update(event.done - bar.n)
+        if event.done >= event.total:
+            bar.close()
+
+    return tell

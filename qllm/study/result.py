@@ -1,0 +1,112 @@
+"""What a study found: its tables as data frames, its pictures, its report."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QllmFileError, QllmValueError
+from ..strict_json import quoted, read_object
+from .design import MAX_DESIGN_BYTES, Design
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+class Study:
+    """The results of a study, from `run` or `load`.
+
+    `folder` (where the files are), `design`, `manifest` (versions, hashes, machine), `tables` (name
+    -> pandas data frame; `docs/study.md` and the report say what stands in them).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        design: Design,
+        manifest: Mapping[str, Any],
+        tables: Mapping[str, DataFrame],
+    ) -> None:
+        self.folder = folder
+        self.design = design
+        self.manifest = dict(manifest)
+        self.tables = dict(tables)
+
+    @property
+    def report(self) -> Path:
+        """The report: one HTML file that needs nothing else."""
+        return self.folder / "report.html"
+
+    @property
+    def claims(self) -> DataFrame:
+        """What the study says about each claim of arXiv 2309.05210, with intervals and verdicts:
+        the tables `claims` and `speed_claims` together."""
+        import pandas as pd
+
+        both = [self.tables["claims"], self.tables["speed_claims"]]
+        frame = pd.concat([part for part in both if len(part)])
+        return frame.sort_values("claim", kind="stable", ignore_index=True)
+
+    @property
+    def plots(self) -> tuple[str, ...]:
+        """The names that `plot` knows."""
+        from .plots import PLOTS
+
+        return tuple(PLOTS)
+
+    def plot(self, name: str = "divergence") -> Figure:
+        """A new matplotlib figure of one of `plots`, to be shown, changed or saved."""
+        from .plots import PLOTS
+
+        if name not in PLOTS:
+            raise QllmValueError(f"there is no plot {quoted(name)}; there are {', '.join(PLOTS)}")
+        return PLOTS[name](self)
+
+    def __repr__(self) -> str:
+        design = self.design
+        return (
+            f"<Study {design.name}: {len(design.models)} models, {len(design.arms)} arms,"
+            f" in {self.folder}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from .report import verdict_table
+
+        name = html.escape(self.design.name)
+        return (
+            f"<h3>Study {name}</h3>{verdict_table(self)}"
+            f"<p>Report: <code>{html.escape(os.fspath(self.report))}</code></p>"
+        )
+
+
+def load(folder: str | os.PathLike[str]) -> Study:
+    """The results that `run` has left in `folder`. Raises `QllmFileError` when it is not there or
+    not finished."""
+    from .run import require_packages
+
+    require_packages()
+    from .tables import TABLES, UNTIMED, read_table
+
+    path = Path(os.path.abspath(folder))
+    if not (path / "design.json").is_file():
+        raise QllmFileError(f"{path} holds no study: it has no design.json")
+    design = Design.from_dict(read_object(path / "design.json", MAX_DESIGN_BYTES))
+    if not (path / "manifest.json").is_file():
+        raise QllmFileError(f"{path} holds a study that has only begun; run it again to finish it")
+    manifest = read_object(path / "manifest.json", MAX_DESIGN_BYTES)
+    tables = {}
+    for name in TABLES:
+        file = path / "tables" / f"{name}.parquet"
+        if not file.is_file():
+            if name in UNTIMED and design.speed is None:
+                continue
+            raise QllmFileError(
+                f"{path} holds a study that is not finished: {name}.parquet is missing; run it"
+                " again to finish it"
+            )
+        tables[name] = read_table(file)
+    return Study(path, design, manifest, tables)

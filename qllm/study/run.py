@@ -1,0 +1,344 @@
+"""From a design to a folder of results: cells, each written as soon as it is done, then tables,
+pictures and the report, made anew from the cells every time.
+
+A cell is a model in an arm. The reference of a model comes first, since its samples are read by the
+other arms; speed comes last, when nothing else runs. Everything after the cells is a function of
+their files, so a run that was interrupted and resumed ends in the same tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoint import Checkpoint
+from ..errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
+from ..strict_json import quoted, read_object
+from .cells import SPEED, Task, compute, own_texts
+from .design import MAX_DESIGN_BYTES, Design, differences, resolve
+from .files import (
+    DamagedCell,
+    clear,
+    read_cell,
+    remove_partials,
+    write_cell,
+    write_text,
+)
+from .progress import Event, Listener, listener
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from .result import Study
+
+PACKAGES = ("pandas", "pyarrow", "scipy", "matplotlib", "tqdm")
+"""What a study needs beside NumPy."""
+
+
+def run(
+    design_or_profile: Design | str | Mapping[str, Any] | os.PathLike[str] = "smoke",
+    models: str | Iterable[str] | None = None,
+    out: str | os.PathLike[str] = "qllm-study",
+    *,
+    executor: Executor | None = None,
+    progress: bool | Listener | None = None,
+    fresh: bool = False,
+) -> Study:
+    """Runs a study, or what is left of it, and returns its results.
+
+    `design_or_profile`: a `Design`, the name of a profile, a mapping of design entries or the path
+    of a JSON file. `models` replaces the design's models (names, folders, `demo:llama`). `out`: the
+    folder for the results; when it holds a part of the same study, only the rest is computed, a
+    damaged cell being named and computed again; when it holds another study that is refused, unless
+    `fresh` says to begin anew. `executor`: cells go through its `submit` (a ProcessPoolExecutor,
+    dask's `client.get_executor()`); without one they run here one after the other, with the same
+    results, byte for byte. `progress`: True for a bar or lines on stderr, or a callable which takes
+    an `Event`.
+
+    Raises `QllmValueError` for a design that cannot be and `QllmFileError` for models or folders
+    that cannot be used, both before any work.
+    """
+    design = resolve(design_or_profile, models)
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise QllmValueError(
+            f"executor must have the method submit of concurrent.futures.Executor; a"
+            f" {type(executor).__name__} has not"
+        )
+    tell = listener(progress)
+    require_packages()
+    folder = Path(os.path.abspath(out))
+    manifest = _manifest(design)
+    _prepare(folder, design, manifest, fresh)
+    work = _Work(folder, design, manifest, tell)
+    work.do(executor)
+    return _finish(work)
+
+
+def require_packages() -> None:
+    """Raises `QllmUnsupportedError` with the command that installs what is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise QllmUnsupportedError(
+            f"a study needs {', '.join(missing)}, which this Python has not:"
+            " pip install 'qllm[study]'"
+        )
+
+
+def version() -> str:
+    """The version of qllm, as the package says it."""
+    import qllm
+
+    if isinstance(found := getattr(qllm, "__version__", None), str):
+        return found
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("qllm")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _manifest(design: Design) -> dict[str, Any]:
+    """Under what a study stands: versions, hashes, seeds. Opens every model, so that one which is
+    missing is refused before any work."""
+    models = {}
+    for name in design.models:
+        with Checkpoint.open(name) as checkpoint:
+            models[name] = {
+                "files": {**_other_files(checkpoint), **checkpoint.sha256()},
+                "architecture": checkpoint.config.get("model_type"),
+            }
+    return {
+        "qllm": version(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "design_sha256": hashlib.sha256(design.to_json().encode()).hexdigest(),
+        "prompts_sha256": design.prompt_hash(),
+        "seeds": list(design.seeds),
+        "models": models,
+    }
+
+
+def _other_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of the configuration and the tokenizer."""
+    digests = {}
+    for path in (checkpoint.folder / "config.json", checkpoint.tokenizer_file):
+        if path is not None:
+            try:
+                digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise QllmFileError(f"{path} cannot be read: {error.strerror}") from None
+    return digests
+
+
+def _prepare(folder: Path, design: Design, manifest: Mapping[str, Any], fresh: bool) -> None:
+    """Makes the folder ready for this study, or says why it cannot be."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise QllmFileError(f"{folder} is a file; a study needs a folder for its results")
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = any(folder.iterdir())
+    except QllmError:
+        raise
+    except OSError as error:
+        raise QllmFileError(f"{folder} cannot be used: {error.strerror or error}") from None
+    remove_partials(folder)
+    known = (folder / "design.json").is_file()
+    if strange and not known and any(folder.iterdir()):
+        raise QllmFileError(
+            f"{folder} is not empty and holds no study; name another folder, or a new one"
+        )
+    if fresh:
+        clear(folder)
+    elif known:
+        _require_same(folder, design, manifest)
+    write_text(folder / "design.json", design.to_json())
+
+
+def _require_same(folder: Path, design: Design, manifest: Mapping[str, Any]) -> None:
+    """Raises when the folder's study is not this one, naming what differs."""
+    way_out = "name another folder, or begin anew with fresh=True (--fresh)"
+    changed = differences(read_object(folder / "design.json", MAX_DESIGN_BYTES), design.to_dict())
+    if changed:
+        raise QllmFileError(
+            f"{folder} holds a study of another design: {'; '.join(changed)}; {way_out}"
+        )
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return
+    old = read_object(path, MAX_DESIGN_BYTES)
+    if old.get("qllm") != manifest["qllm"]:
+        raise QllmFileError(
+            f"{folder} holds a study of qllm {old.get('qllm')}, and this is {manifest['qllm']};"
+            f" {way_out}"
+        )
+    models = old.get("models")
+    for name, entry in manifest["models"].items():
+        before = models.get(name, {}).get("files", {}) if isinstance(models, dict) else {}
+        for file, digest in entry["files"].items():
+            if before.get(file) != digest:
+                raise QllmFileError(
+                    f"{folder} holds a study of another {name}: the SHA-256 of {file} was"
+                    f" {str(before.get(file))[:16]}... and is {digest[:16]}...; {way_out}"
+                )
+
+
+class _Work:
+    """The cells of a study: which are there, which are to be computed, in which order."""
+
+    def __init__(
+        self, folder: Path, design: Design, manifest: dict[str, Any], tell: Listener
+    ) -> None:
+        self.folder, self.design, self.manifest, self.tell = folder, design, manifest, tell
+        self.done: dict[tuple[str, str], dict[str, Any]] = {}
+        self.keys = cell_keys(design)
+        self.total = len(self.keys) + 2  # tables; pictures and report
+        self.steps = 0
+
+    def do(self, executor: Executor | None) -> None:
+        """Reads the cells that are there, and computes and writes the others."""
+        _write_manifest(self.folder, self.manifest)
+        for key in self.keys:
+            try:
+                body = read_cell(self._path(key), self._fingerprint(key))
+            except DamagedCell as error:
+                self.notice(f"{error}; it is computed again")
+                continue
+            if body is not None:
+                self.done[key] = body
+                self.step(f"{_label(key)}: was there")
+        references = [key for key in self.keys if key[1] == self.design.reference.name]
+        for stage in (
+            references,
+            [key for key in self.keys if key not in references and key[1] != SPEED],
+            *([key] for key in self.keys if key[1] == SPEED),
+        ):
+            missing = [self._task(key) for key in stage if key not in self.done]
+            for task, body, seconds in _computed(missing, executor):
+                key = (task.model, task.arm)
+                write_cell(self._path(key), self._fingerprint(key), body)
+                self.done[key] = body
+                self.step(f"{_label(key)}: {seconds:.1f} s")
+
+    def _task(self, key: tuple[str, str]) -> Task:
+        model, arm = key
+        own = ()
+        if arm not in (SPEED, self.design.reference.name):
+            own = own_texts(self.design, self.done[model, self.design.reference.name])
+        return Task(self.design, model, arm, own)
+
+    def _path(self, key: tuple[str, str]) -> Path:
+        return self.folder / "cells" / cell_name(self.design, *key)
+
+    def _fingerprint(self, key: tuple[str, str]) -> str:
+        return fingerprint(self.manifest, *key)
+
+    def step(self, text: str) -> None:
+        """Tells that one more step is done."""
+        self.steps += 1
+        self.tell(Event(self.steps, self.total, text))
+
+    def notice(self, text: str) -> None:
+        """Tells something that is no step."""
+        self.tell(Event(self.steps, self.total, text, notice=True))
+
+
+def cell_keys(design: Design) -> list[tuple[str, str]]:
+    """(model, arm) of every cell, the last of a model being `SPEED` when speed is measured."""
+    last = [] if design.speed is None else [SPEED]
+    return [(model, arm) for model in design.models
+            for arm in [*(arm.name for arm in design.arms), *last]]
+
+
+def cell_name(design: Design, model: str, arm: str) -> str:
+    """The name of a cell's file: places in the design keep names apart that are alike."""
+    place = [item.name for item in design.arms].index(arm) if arm != SPEED else "t"
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", f"{os.path.basename(model.rstrip('/'))}--{arm}")
+    return f"{design.models.index(model)}-{place}-{words[:80]}.json.gz"
+
+
+def fingerprint(manifest: Mapping[str, Any], model: str, arm: str) -> str:
+    """What a cell depends on, as one SHA-256: design, model files, version."""
+    parts = [manifest["design_sha256"], manifest["models"][model]["files"], manifest["qllm"],
+             model, arm]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _label(key: tuple[str, str]) -> str:
+    return f"{key[0]} {key[1]}"
+
+
+def _computed(
+    tasks: list[Task], executor: Executor | None
+) -> Iterator[tuple[Task, dict[str, Any], float]]:
+    """Each task with its body and its seconds, as they are done: here one by one, or by the
+    executor in any order. When one fails, those that are done come first and then its error."""
+    if executor is None:
+        for task in tasks:
+            body, seconds = _timed_compute(task)
+            yield task, body, seconds
+        return
+    futures: dict[Future[Any], Task] = {
+        executor.submit(_timed_compute, task): task for task in tasks
+    }
+    failure: BaseException | None = None
+    waiting = set(futures)
+    try:
+        while waiting and failure is None:
+            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ready:
+                if (error := future.exception()) is not None:
+                    failure = failure or error
+                else:
+                    yield futures[future], *future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _timed_compute(task: Task) -> tuple[dict[str, Any], float]:
+    start = time.monotonic()
+    body = compute(task)
+    return body, time.monotonic() - start
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _finish(work: _Work) -> Study:
+    """Tables, pictures and report from the cells."""
+    from .report import write_report
+    from .result import Study
+    from .tables import make_tables, write_tables
+
+    environments = {
+        f"{model} {arm}": body["environment"] for (model, arm), body in work.done.items()
+    }
+    work.manifest["environments"] = {key: environments[key] for key in sorted(environments)}
+    _write_manifest(work.folder, work.manifest)
+    tables = make_tables(work.design, work.done)
+    write_tables(work.folder / "tables", tables)
+    work.step("tables")
+    study = Study(work.folder, work.design, work.manifest, tables)
+    write_report(study)
+    work.step("pictures and report")
+    return study
+
+
+__all__ = ["cell_keys", "cell_name", "fingerprint", "run", "version"]
