@@ -157,7 +157,7 @@ def _c1b(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFram
 def _c1c(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],
          samples: Any, intervals: Intervals) -> Iterator[dict[str, Any]]:
     for one, two in _pairs(design):
-        name = f"{one.name} - {two.name}"
+        name = f"{one.name} \u2212 {two.name}"
         sides = [logit_clusters(cells[model, arm.name]["texts"], "all", "ln_ppl_ratio")
                  for arm in (one, two)]
         found = intervals.mean(sides[0] - sides[1])
@@ -167,7 +167,7 @@ def _c1c(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFram
         curves = [sample_clusters(design, samples, model, arm.name)["rep_4"] for arm in (one, two)]
         found = intervals.mean(np.nanmean(curves[0] - curves[1], axis=1))
         margin = design.margins["rep_4"]
-        yield _row(name, "rep-4 of the texts, mean over temperatures", found, margin,
+        yield _row(name, "rep-4, mean over temperatures", found, margin,
                    equivalence(float(found[1]), float(found[2]), margin))
 
 
