@@ -11,7 +11,7 @@ from __future__ import annotations
 from .design import ARMS, MARGINS, PROFILES, Arm, Design, Speed, Text, resolve
 from .progress import Event
 from .result import Study, load
-from .run import run
+from .runner import run
 
 __all__ = [
     "ARMS",

@@ -48,12 +48,12 @@ def first_divergence(reference: Sequence[int], other: Sequence[int]) -> int | No
 
 def divergent_word(reference: str, other: str) -> int:
     """Where the word begins that holds the first character in which `other` differs from
-    `reference`; the length of `other` when they are equal."""
-    if reference == other:
-        return len(other)
+    `reference`; the length of `other` when it only ends sooner, or not at all."""
     place = 0
     while place < min(len(reference), len(other)) and reference[place] == other[place]:
         place += 1
+    if place == len(other) and (reference == other or reference[place].isspace()):
+        return place
     while place > 0 and not other[place - 1].isspace():
         place -= 1
     return place

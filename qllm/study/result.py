@@ -86,7 +86,7 @@ class Study:
 def load(folder: str | os.PathLike[str]) -> Study:
     """The results that `run` has left in `folder`. Raises `QllmFileError` when it is not there or
     not finished."""
-    from .run import require_packages
+    from .runner import require_packages
 
     require_packages()
     from .tables import TABLES, UNTIMED, read_table
