@@ -232,8 +232,9 @@ def _compare(
         np.asarray(temperatures, np.float64),
         targets=targets,
     )
-    curves = {name: _means(getattr(found, name)) for name in MEASURES}
-    curves["delta_p_squared"] = _means(np.square(found.delta_p))
+    values = {name: getattr(found, name) for name in MEASURES}
+    values["delta_p_squared"] = np.square(found.delta_p)
+    curves = {name: _means(rows, name, text) for name, rows in values.items()}
     gain = _logprobs(reference, text.ids, text.start) - _logprobs(model, text.ids, text.start)
     return {
         "source": text.source,
@@ -247,9 +248,15 @@ def _compare(
     }
 
 
-def _means(values: np.ndarray) -> list[float]:
+def _means(values: np.ndarray, name: str, text: _Reading) -> list[float]:
     """(tokens, temperatures) -> the mean over the tokens at each temperature."""
-    return [float(mean) for mean in np.asarray(values, np.float64).mean(axis=0)]
+    means = np.asarray(values, np.float64).mean(axis=0)
+    if not np.isfinite(means).all():
+        raise QllmValueError(
+            f"the mean of {name} over the text {text.id!r} is {means[~np.isfinite(means)][0]} at a"
+            " temperature; leave out the lowest of logit_temperatures"
+        )
+    return [float(mean) for mean in means]
 
 
 def _speed_cell(task: Task) -> dict[str, Any]:

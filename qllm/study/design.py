@@ -389,6 +389,11 @@ def _check_models_and_arms(design: Design) -> None:
             f"exactly one arm must be the reference, but {len(references)} of"
             f" {_list(design.arms)} are; the arm bf16 is one"
         )
+    if len(design.arms) == 1:
+        raise QllmValueError(
+            f"arms has only the reference, {references[0].name}; a study needs another arm that is"
+            " compared with it"
+        )
     for arm in design.arms:
         if arm.role == "null" and arm.format != references[0].format:
             raise QllmValueError(
@@ -404,6 +409,11 @@ def _check_grid(design: Design) -> None:
         for value in values:
             if value < 0:
                 raise QllmValueError(f"{name} must be 0 or more, but one is {value}")
+            if value == 0 and name == "logit_temperatures":
+                raise QllmValueError(
+                    "logit_temperatures must be above 0: at 0 a distribution is one token, and"
+                    " the KL divergence infinite; same_top says how often that token changes"
+                )
         if list(values) != sorted(values):
             raise QllmValueError(f"{name} must be in rising order")
     own = design.own_temperature

@@ -101,7 +101,7 @@ def _panels(rows: int, columns: int, width: float, height: float, **options: Any
 def _legend(figure: Figure, arms: Sequence[Arm], extra: Sequence[Any] = ()) -> None:
     lines = [Line2D([], [], label=arm.name, **_line(arm)) for arm in arms]
     handles = [*lines, *extra]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles),
+    figure.legend(handles=handles, loc="outside upper center", ncols=max(1, len(handles)),
                   handlelength=2.2, columnspacing=1.6, fontsize=10)
 
 

@@ -56,6 +56,9 @@ GENERATION = ("equal", "first_divergence", "nll_reference", "rep_1", "rep_2", "r
               "distinct_2", "distinct_3", "zlib_ratio", "tokens", "eos")
 """Measures of `generation`."""
 
+CHECKS = ("model", "arm", "measure", "largest_difference", "exactly_zero")
+"""Columns of `checks`."""
+
 SOURCES = ("all", "own", "held")
 """Texts on which logits are compared: all, the reference's own samples, the passages."""
 
@@ -83,6 +86,8 @@ def make_tables(design: Design, cells: Cells) -> dict[str, DataFrame]:
         tables["speed_rounds"] = list(_speed_rounds(design, cells))
         tables["speed"] = _speed(design, tables["speed_rounds"], intervals)
     frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+    if not tables["checks"]:  # without a null arm
+        frames["checks"] = pd.DataFrame(columns=CHECKS)
     frames |= make_claims(design, cells, frames, intervals)
     return {name: frames[name] for name in TABLES if name in frames}
 
