@@ -1,5 +1,8 @@
 """qllm: the instrument for asking what quantization does to a language model."""
 
+from importlib import import_module
+from typing import Any
+
 from .config import GenerationConfig, QuantConfig
 from .errors import (
     QllmError,
@@ -38,3 +41,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`qllm.study`, imported when it is first asked for."""
+    if name == "study":
+        return import_module(f"{__name__}.study")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -97,6 +97,17 @@ def test_missing_clusters_are_left_out_column_by_column():
     assert estimate == 4 and np.isnan(low) and np.isnan(high)
 
 
+def test_median_is_not_moved_by_a_disturbed_timing():
+    values = np.random.default_rng(0).normal(1, 0.02, 12)
+    disturbed = np.where(values == values.max(), 9.0, values)
+    estimate, low, high = INTERVALS.median(disturbed)
+    assert estimate == np.median(values) and 0.95 < low < estimate < high < 1.05
+    assert INTERVALS.mean(disturbed)[0] > 1.5
+    rng = np.random.default_rng(1)
+    found = [INTERVALS.median(rng.normal(0, 1, 15)) for _ in range(300)]
+    assert 0.92 <= np.mean([low <= 0 <= high for _, low, high in found])
+
+
 def test_peak_and_its_interval():
     grid = np.round(np.arange(0.1, 1.05, 0.1), 2)
     curves = -((grid - 0.6) ** 2) * np.linspace(1, 2, 8)[:, None]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .design import Arm, Design
-from .statistics import Floats, Intervals, equivalence, slope_contrast, superiority
+from .statistics import Intervals, equivalence, slope_contrast, superiority
 from .tables import Cells, logit_clusters, sample_clusters, speeds
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def _four_bit(design: Design) -> list[Arm]:
 def _ratios(
     design: Design, frames: Mapping[str, DataFrame], model: str, phase: str, one: Arm, two: Arm,
     intervals: Intervals,
-) -> Floats:
-    """Ratio of tokens per second, one / two, by round of timing: (estimate, low, high)."""
+) -> tuple[float, float, float]:
+    """Tokens per second, one / two in the same round of timing: median, low, high."""
     found = speeds(design, frames["speed_rounds"].to_dict("records"), model, phase)
-    return np.exp(np.asarray(intervals.mean(np.log(found[one.name] / found[two.name]))))
+    return intervals.median(found[one.name] / found[two.name])
 
 
 def _c1a(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],

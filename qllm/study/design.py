@@ -55,7 +55,7 @@ ARMS = {
         Arm("nf4-dq", "nf4-dq"),
         Arm("fp4", "fp4"),
         Arm("fp4-dq", "fp4-dq"),
-        Arm("null", "bf16", role="null", batch_size=5, threads=1),
+        Arm("null", "bf16", role="null", batch_size=5, threads=2),
     )
 }
 """The arms that a design may give by name alone."""
@@ -119,7 +119,8 @@ class Design:
     int8_threshold: float = 6.0
     compute: str = "exact"
     batch_size: int = 32
-    threads: int | None = 2
+    threads: int | None = 1
+    """Of every model; one is best for small models and for many cells at a time, None means all."""
     speed: Speed | None = field(default_factory=Speed)
     confidence: float = 0.95
     bootstrap_draws: int = 2000

@@ -7,7 +7,6 @@ and Ito 2008), and a lighter, broken line is its double-quantized form.
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from .design import Arm, Design
 from .files import write_bytes
@@ -151,6 +150,9 @@ def plot_divergence(study: Study) -> Figure:
                 axes.set_yscale("log")
                 axes.set_xlim(0, max(design.logit_temperatures))
                 axes.yaxis.set_minor_formatter(NullFormatter())
+                if measure != "kl":  # these span little more than a decade
+                    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
                 if row == 0:
                     axes.set_title(title, loc="left", pad=8)
                 if column == 0:
@@ -268,8 +270,8 @@ def plot_cost(study: Study) -> Figure:
             axes.tick_params(axis="y", length=0, labelsize=10)
             axes.spines["left"].set_visible(False)
             axes.grid(False, axis="y")
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.xaxis.set_major_formatter(_thousands)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         if len(design.models) > 1:
             handles = [Line2D([], [], linestyle="", marker=MARKERS[i % len(MARKERS)],
                               color="#666666", label=label(model))
@@ -284,10 +286,6 @@ def _dot(axes: Axes, place: float, value: float, low: float, high: float,
     axes.plot([low, high], [place, place], color=style["color"], linewidth=2.2, alpha=0.35,
               solid_capstyle="butt", zorder=3)
     axes.plot([value], [place], linestyle="", **style)
-
-
-def _thousands(value: float, place: int | None = None) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 1000 and not math.isnan(value) else f"{value:g}"
 
 
 PLOTS: dict[str, Callable[[Study], Figure]] = {

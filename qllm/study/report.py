@@ -241,7 +241,7 @@ def _tables(study: Study) -> str:
     ))
     if (speed := study.tables.get("speed")) is not None:
         parts.append(html_table(
-            f"Speed on {_machine(study)}; ratio to {design.reference.name} in the same round",
+            f"Speed on {_machine(study)}; median ratio to {design.reference.name} in the same round",
             ["model", "arm", "phase", "tokens/s (median)", "ratio", "interval"],
             [[label(row["model"]), row["arm"], row["phase"], float(row["tokens_per_second"]),
               float(row["ratio"]), interval(row)] for _, row in speed.iterrows()],

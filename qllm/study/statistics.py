@@ -60,6 +60,12 @@ class Intervals:
         estimate, low, high = found.reshape(3, *values.shape[1:])
         return estimate, low, high
 
+    def median(self, values: Floats) -> tuple[float, float, float]:
+        """Median of `values` (clusters), which a few disturbed timings do not move, and its
+        interval: (estimate, low, high). Needs two values at least."""
+        low, high = self._bootstrap((values,), np.median, self.level(len(values)))
+        return float(np.median(values)), float(low), float(high)
+
     def of(
         self, values: Floats, statistic: Callable[[Floats], Floats]
     ) -> tuple[float, float, float]:

@@ -439,20 +439,20 @@ def _speed_rounds(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
 def _speed(
     design: Design, rounds: Sequence[Mapping[str, Any]], intervals: Intervals
 ) -> list[dict[str, Any]]:
-    """Tokens per second, and the ratio to the reference in the same round (geometric mean with its
-    interval over rounds)."""
+    """Tokens per second, and the ratio to the reference in the same round: medians over the rounds,
+    that of the ratio with its interval."""
     rows = []
     for model in design.models:
         for phase in ("prefill", "decode"):
             found = speeds(design, rounds, model, phase)
             plain = found[design.reference.name]
             for arm, values in found.items():
-                ratio = np.exp(np.asarray(intervals.mean(np.log(values / plain))))
+                ratio = intervals.median(values / plain)
                 rows.append({
                     "model": model, "arm": arm, "phase": phase,
                     "tokens_per_second": float(np.median(values)),
                     "p10": float(np.quantile(values, 0.1)), "p90": float(np.quantile(values, 0.9)),
-                    "ratio": float(ratio[0]), "low": float(ratio[1]), "high": float(ratio[2]),
+                    "ratio": ratio[0], "low": ratio[1], "high": ratio[2],
                     "rounds": len(values),
                 })
     return rows
