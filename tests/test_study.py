@@ -1,4 +1,4 @@
-"""Studies on the built-in models: what a run leaves, how it resumes, what it refuses."""
+"""Studies on the built-in models: what a run leaves, how it resumes, what its report says."""
 
 import gzip
 import json
@@ -13,29 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_studies import SMALL, TINY
 
-from qllm.errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
-from qllm.study import ARMS, Arm, Design, Speed, Study, Text, load, resolve, run
-from qllm.study.prompts import OPENINGS, PASSAGES
+from qllm.errors import QllmFileError, QllmValueError
+from qllm.study import Design, Study, load, run
 from qllm.study.report import escape, report_html
 from qllm.study.tables import TABLES
-
-SMALL = Design(
-    name="small",
-    temperatures=(0.0, 0.5, 0.8, 1.0),
-    seeds=(1, 2),
-    prompts=tuple(Text(*opening) for opening in OPENINGS[:3]),
-    max_new_tokens=8,
-    texts=tuple(Text(*passage) for passage in PASSAGES[:3]),
-    logit_temperatures=(0.1, 0.25, 0.5, 0.75, 1.0, 1.5),
-    bootstrap_draws=100,
-    speed=Speed(rounds=2, warmups=0, prompt_tokens=8, decode_tokens=4),
-)
-TINY = replace(
-    SMALL, name="tiny", models=("demo:llama",), arms=("bf16", "nf4", "null"), seeds=(1,),
-    prompts=SMALL.prompts[:2], texts=SMALL.texts[:1], temperatures=(0.0, 1.0), speed=None,
-)
-"""For what happens to files."""
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +60,22 @@ def test_null_arm_is_exactly_zero_in_every_measure(study):
     assert len(checks) == 2 * 14
     assert (checks["largest_difference"] == 0).all() and checks["exactly_zero"].all()
     texts = study.tables["texts"].query("arm == 'null'")
-    for name in ("kl", "kl_reverse", "tv", "disagreement", "delta_p", "delta_p_squared",
-                 "entropy_shift", "ln_ppl_ratio"):
+    for name in (
+        "kl",
+        "kl_reverse",
+        "tv",
+        "disagreement",
+        "delta_p",
+        "delta_p_squared",
+        "entropy_shift",
+        "ln_ppl_ratio",
+    ):
         assert (texts[name] == 0).all(), name
     assert (texts["same_top"] == 1).all()
     samples = study.tables["samples"].query("arm == 'null'")
-    assert samples["equal"].all() and (study.tables["survival"].query("arm == 'null'")[
-        ["estimate", "low", "high"]] == 1).all(axis=None)
+    assert samples["equal"].all() and (
+        study.tables["survival"].query("arm == 'null'")[["estimate", "low", "high"]] == 1
+    ).all(axis=None)
     assert "exactly 0 in all 14 measures" in study.report.read_text()
 
 
@@ -96,7 +88,7 @@ def test_order_of_arms_by_mean_kl(study):
 
 
 def test_measures_are_those_of_numpy(study):
-    """A text of one arm, compared again here: KL, total variation, entropies, delta-p in float64."""
+    """A text of one arm, compared again here in float64: KL, TV, entropies, delta-p."""
     import qllm
 
     text, grid = SMALL.texts[0], np.asarray(SMALL.logit_temperatures)
@@ -107,13 +99,19 @@ def test_measures_are_those_of_numpy(study):
     ids = plain.encode(text.text)
     targets = np.asarray(ids[1:])
     sides = [np.asarray(model.logits(ids[:-1]), np.float64) for model in (plain, arm)]
-    found = study.tables["texts"].query(
-        f"model == 'demo:falcon' and arm == 'nf4' and source == 'held' and text == '{text.id}'"
-    ).set_index("temperature")
+    found = (
+        study.tables["texts"]
+        .query(
+            f"model == 'demo:falcon' and arm == 'nf4' and source == 'held' and text == '{text.id}'"
+        )
+        .set_index("temperature")
+    )
     rows = np.arange(len(targets))
     for temperature in grid:
-        logs = [side / temperature - np.logaddexp.reduce(side / temperature, axis=1)[:, None]
-                for side in sides]
+        logs = [
+            side / temperature - np.logaddexp.reduce(side / temperature, axis=1)[:, None]
+            for side in sides
+        ]
         p, q = np.exp(logs[0]), np.exp(logs[1])
         row = found.loc[temperature]
         gap = logs[0] - logs[1]
@@ -139,13 +137,18 @@ def test_texts_share_their_noise(study):
 
     model = qllm.Model.from_pretrained("demo:llama", "fp4", compute="exact")
     prompt = SMALL.prompts[1]
-    wanted = model.generate([prompt.text] * 3, temperature=[0.0, 0.5, 1.0], top_k=0, seed=2,
-                            max_new_tokens=8)
+    wanted = model.generate(
+        [prompt.text] * 3, temperature=[0.0, 0.5, 1.0], top_k=0, seed=2, max_new_tokens=8
+    )
     for temperature, sample in zip((0.0, 0.5, 1.0), wanted):
-        row = study.tables["samples"].query(
-            f"model == 'demo:llama' and arm == 'fp4' and prompt == '{prompt.id}' and seed == 2"
-            f" and temperature == {temperature}"
-        ).iloc[0]
+        row = (
+            study.tables["samples"]
+            .query(
+                f"model == 'demo:llama' and arm == 'fp4' and prompt == '{prompt.id}' and seed == 2"
+                f" and temperature == {temperature}"
+            )
+            .iloc[0]
+        )
         assert row["ids"] == " ".join(map(str, sample.ids)) and row["text"] == sample.text
 
 
@@ -157,7 +160,7 @@ def test_surprise_is_the_reference_score(study):
     prompt = next(text for text in SMALL.prompts if text.id == row["prompt"])
     ids = [int(token) for token in row["ids"].split()]
     logprobs = model.score(model.encode(prompt.text) + ids).logprobs
-    assert row["nll_reference"] == pytest.approx(-np.mean(logprobs[-len(ids):]), rel=1e-12)
+    assert row["nll_reference"] == pytest.approx(-np.mean(logprobs[-len(ids) :]), rel=1e-12)
 
 
 def test_weights_are_counted(study):
@@ -168,7 +171,9 @@ def test_weights_are_counted(study):
     assert 8 < bits.loc["int8", "bits_per_weight"] < 8.5
     assert bits["weights"].nunique() == 1 and bits["layers"].nunique() == 1
     assert bits.loc["bf16", "sqnr_db"] == np.inf
-    assert bits.loc["int8", "sqnr_db"] > bits.loc["nf4", "sqnr_db"] > bits.loc["fp4", "sqnr_db"] > 10
+    assert (
+        bits.loc["int8", "sqnr_db"] > bits.loc["nf4", "sqnr_db"] > bits.loc["fp4", "sqnr_db"] > 10
+    )
 
 
 def test_claims_say_what_they_can(study):
@@ -195,7 +200,9 @@ def test_own_samples_and_passages_are_both_read(study):
 
 def test_top_k_reaches_the_sampler(tmp_path, no_pictures):
     """Among the single most probable token all temperatures are greedy."""
-    found = run(replace(TINY, arms=("bf16", "null"), top_k=1), out=tmp_path / "out").tables["samples"]
+    found = run(replace(TINY, arms=("bf16", "null"), top_k=1), out=tmp_path / "out").tables[
+        "samples"
+    ]
     for _, rows in found.groupby("prompt"):
         assert rows["ids"].nunique() == 1
 
@@ -293,8 +300,9 @@ def test_a_killed_run_leaves_whole_files(tmp_path, tiny, no_pictures):
         "run(Design.from_json(open(sys.argv[1]).read()), out=sys.argv[2])\n"
     )
     folder = tmp_path / "out"
-    ended = subprocess.run([sys.executable, "-c", script, str(tiny / "design.json"), str(folder)],
-                           timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tiny / "design.json"), str(folder)], timeout=120
+    )
     assert ended.returncode == -9
     assert [path.suffix for path in sorted((folder / "cells").iterdir())] == [".gz", ".partial"]
     run(TINY, out=folder)
@@ -396,7 +404,8 @@ def test_another_design_in_the_folder_is_refused(tiny, no_pictures, tmp_path):
     other = replace(TINY, max_new_tokens=9, seeds=(3,))
     with pytest.raises(
         QllmFileError,
-        match=r"another design: seeds \(\[1\] there, \[3\] here\); max_new_tokens \(8 there, 9 here\);"
+        match=r"another design: seeds \(\[1\] there, \[3\] here\); max_new_tokens \(8 there, 9"
+        r" here\);"
         " name another folder, or begin anew with fresh=True",
     ):
         run(other, out=tiny)
@@ -438,154 +447,11 @@ def test_full_disk_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(QllmFileError, match=r"design.json cannot be written: No space left") as info:
+    with pytest.raises(
+        QllmFileError, match=r"design.json cannot be written: No space left"
+    ) as info:
         run(TINY, out=tmp_path / "out")
     assert "\n" not in str(info.value) and not list(tmp_path.rglob("*.partial"))
-
-
-# ------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"arms": ("bf16", "nf5")}, "there is no arm 'nf5'; there are bf16, int8"),
-        ({"arms": (Arm("a", "q4"), "bf16")}, "arm 'a' has the unknown format 'q4'"),
-        ({"arms": ("bf16",)}, "arms has only the reference, bf16; a study needs another arm"),
-        ({"arms": ("nf4",)}, "exactly one arm must be the reference, but 0 of nf4 are"),
-        ({"arms": ("bf16", Arm("b", "f16", role="reference"))}, "but 2 of bf16, b are"),
-        ({"arms": ("bf16", Arm("n", "nf4", role="null"))}, "must have the format of the reference"),
-        ({"arms": ("bf16", "bf16")}, "arms has 'bf16' twice"),
-        ({"arms": ("bf16", Arm("x", "nf4", blocksize=48))}, "blocksize of arm 'x' must be a power"),
-        ({"arms": ("bf16", Arm("x", "nf4", threads=0))}, "threads of arm 'x' must be from 1"),
-        ({"arms": "bf16"}, "arms must be a list, not 'bf16'"),
-        ({"arms": ({"name": "x", "form": "nf4"},)}, "an arm has no entry 'form'"),
-        ({"arms": ({"name": "x"},)}, "an arm is incomplete"),
-        ({"temperatures": (-0.5, 1.0)}, "temperatures must be 0 or more, but one is -0.5"),
-        ({"temperatures": (float("nan"),)}, "temperatures must be finite"),
-        ({"temperatures": (1.0, 0.5)}, "temperatures must be in rising order"),
-        ({"temperatures": (1.0, 1.0)}, "temperatures has '1.0' twice"),
-        ({"temperatures": ()}, "temperatures is empty"),
-        ({"temperatures": ("hot",)}, "temperatures must be numbers, but 'hot' is none"),
-        ({"temperatures": (True,)}, "temperatures must be numbers, but 'True' is none"),
-        ({"temperatures": (0.5,)}, "own_temperature is 1.0, which is not one of temperatures"),
-        ({"logit_temperatures": ()}, "logit_temperatures is empty"),
-        ({"logit_temperatures": (0, 1)}, "logit_temperatures must be above 0"),
-        ({"prompts": ()}, "prompts is empty"),
-        ({"prompts": ("",)}, "prompts has an entry whose text is ''"),
-        ({"prompts": (3,)}, "prompts must be texts, but '3' is none"),
-        ({"prompts": (Text("a", "k", "x"), Text("a", "k", "y"))}, "prompts has 'a' twice"),
-        ({"texts": (), "own_temperature": None}, "nothing to compare logits on"),
-        ({"seeds": ()}, "seeds is empty"),
-        ({"seeds": (-1,)}, "seeds must be from 0"),
-        ({"seeds": (1.5,)}, "seeds must be whole numbers"),
-        ({"models": ()}, "models is empty"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be from 1"),
-        ({"top_k": -1}, "top_k must be from 0"),
-        ({"band": (0.8, 0.5)}, "band must be two rising temperatures"),
-        ({"band": (0.5, 1.5)}, "must lie inside its surroundings"),
-        ({"compute": "fast"}, "compute must be exact or auto, not 'fast'"),
-        ({"confidence": 1.0}, "confidence must be from 0.5 to below 1"),
-        ({"margins": {"speed": 1}}, "there is no margin 'speed'"),
-        ({"margins": {"bytes": 0}}, "the margin bytes must be above 0"),
-        ({"speed": {"rounds": 1}}, "speed.rounds must be from 2"),
-        ({"bootstrap_draws": 1}, "bootstrap_draws must be from 100"),
-        ({"quantize_head": 1}, "quantize_head must be true or false"),
-        ({"int8_threshold": -1}, "int8_threshold must be 0 or more"),
-    ],
-)
-def test_bad_designs(change, words):
-    with pytest.raises(QllmValueError, match=re.escape(words)) as info:
-        replace(SMALL, **change)
-    assert "\n" not in str(info.value)
-
-
-@pytest.mark.parametrize(
-    ("design", "words"),
-    [
-        ("huge", "there is no profile 'huge'; there are smoke"),
-        ("gone.json", "there is no design file gone.json"),
-        ({"modles": []}, "a design has no entry 'modles'; it has name, models"),
-        (7, "a design is a Design, the name of a profile, a mapping or a path, not a int"),
-    ],
-)
-def test_bad_names_of_designs(design, words, tmp_path):
-    with pytest.raises(QllmError, match=re.escape(words)):
-        run(design, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_refused_before_any_work(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(QllmFileError, match="there is no folder"):
-        run(TINY, models=[str(tmp_path / "no model")], out=out)
-    with pytest.raises(QllmFileError, match="no built-in model 'demo:gpt'"):
-        run(TINY, models="demo:gpt", out=out)
-    with pytest.raises(QllmValueError, match="executor must have the method submit"):
-        run(TINY, out=out, executor=3)
-    with pytest.raises(QllmValueError, match="progress must be None, True, False or a callable"):
-        run(TINY, out=out, progress="yes")
-    assert not out.exists()
-    out.write_text("a file")
-    with pytest.raises(QllmFileError, match="is a file; a study needs a folder"):
-        run(TINY, out=out)
-    used = tmp_path / "used"
-    used.mkdir()
-    (used / "thesis.txt").write_text("precious")
-    for fresh in (False, True):
-        with pytest.raises(QllmFileError, match="is not empty and holds no study"):
-            run(TINY, out=used, fresh=fresh)
-    assert [path.name for path in used.iterdir()] == ["thesis.txt"]
-    with pytest.raises(QllmFileError, match="holds no study: it has no design.json"):
-        load(used)
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    import importlib.util
-
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name, *rest: None if name == "pyarrow" else real(name, *rest))
-    with pytest.raises(QllmUnsupportedError, match=r"needs pyarrow.*pip install 'qllm\[study\]'"):
-        run(TINY, out=tmp_path / "out")
-
-
-def test_import_loads_numpy_alone():
-    code = (
-        "import sys, qllm.study\n"
-        "names = {'pandas', 'pyarrow', 'scipy', 'matplotlib', 'tqdm', 'torch', 'tokenizers'}\n"
-        "assert not names & set(sys.modules), names & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-# -------------------------------------------------------------------------------------- designs
-
-
-def test_designs_survive_json_and_pickle(tmp_path):
-    for design in (SMALL, TINY, resolve("smoke")):
-        assert Design.from_json(design.to_json()) == design
-        assert pickle.loads(pickle.dumps(design)) == design
-    path = tmp_path / "design.json"
-    path.write_text(json.dumps({"name": "mine", "arms": ["bf16", "int8"], "prompts": ["Once"]}))
-    design = resolve(path, models="demo:falcon")
-    assert design.arms == (ARMS["bf16"], ARMS["int8"]) and design.models == ("demo:falcon",)
-    assert design.prompts == (Text("prompt-1", "text", "Once"),)
-
-
-def test_smoke_is_what_it_says():
-    smoke = resolve("smoke")
-    assert smoke.models == ("demo:llama", "demo:falcon")
-    assert [arm.name for arm in smoke.arms] == [
-        "bf16", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq", "null"]
-    assert len(smoke.prompts) == 8 and len({text.kind for text in smoke.prompts}) == 8
-    assert len(smoke.seeds) == 2 and smoke.max_new_tokens == 32 and smoke.top_k == 0
-    assert smoke.temperatures[0] == 0 and smoke.temperatures[-1] == 1.5
-    assert sum(0.5 <= value <= 0.8 for value in smoke.temperatures) == 3
-    grid = smoke.logit_temperatures
-    assert len(grid) == 40 and grid[0] == 0.05 and grid[-1] == 2.0
-    null = smoke.arm("null")
-    assert null.batch_size != smoke.batch_size and null.threads != smoke.threads
 
 
 # --------------------------------------------------------------------------------------- report
@@ -630,12 +496,15 @@ def test_report_escapes_what_it_did_not_write(study):
     samples = tables["samples"]
     samples["text"] = nasty + samples["text"]
     prompts = tuple(replace(prompt, text=nasty) for prompt in SMALL.prompts)
-    page = report_html(Study(study.folder, replace(SMALL, name=nasty, prompts=prompts),
-                             study.manifest, tables), {})
+    page = report_html(
+        Study(study.folder, replace(SMALL, name=nasty, prompts=prompts), study.manifest, tables), {}
+    )
     assert "<script" not in page and "\x00" not in page and "\x1b" not in page
     assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;\ufffd\ufffd" in page
-    assert "<script" not in Study(study.folder, replace(SMALL, name=nasty), study.manifest,
-                                  tables)._repr_html_()
+    assert (
+        "<script"
+        not in Study(study.folder, replace(SMALL, name=nasty), study.manifest, tables)._repr_html_()
+    )
     assert escape("\ta\nb") == "\ta\nb"
 
 
@@ -650,7 +519,7 @@ def test_first_divergence_is_marked(study):
         other = plain.loc[(row["model"], row["temperature"], row["seed"], row["prompt"]), "ids"]
         one, two = other.split(), row["ids"].split()
         place = int(row["first_divergence"])
-        assert one[:place] == two[:place] and one[place:place + 1] != two[place:place + 1]
+        assert one[:place] == two[:place] and one[place : place + 1] != two[place : place + 1]
         marked += 1
     assert 0 < page.count("<mark>") and marked == len(parted)
 

@@ -35,8 +35,12 @@ INTERVALS = Intervals(confidence=0.95, draws=1000, seed=7)
 
 @pytest.mark.parametrize(
     ("clusters", "skewed", "low", "high"),
-    [(40, False, 0.93, 0.97), (40, True, 0.92, 0.97), (16, False, 0.93, 0.97),
-     (8, False, 0.92, 0.97)],
+    [
+        (40, False, 0.93, 0.97),
+        (40, True, 0.92, 0.97),
+        (16, False, 0.93, 0.97),
+        (8, False, 0.92, 0.97),
+    ],
 )
 def test_intervals_cover_the_truth(clusters, skewed, low, high):
     """2,000 studies at once: each prompt has a level of its own and five texts that scatter around
@@ -132,8 +136,9 @@ def test_slope_contrast_by_hand():
     assert slope_contrast(grid, straight, (0.5, 0.8), (0.1, 1.0)) == pytest.approx([0])
     kinked = np.where(grid < 0.5, 0, np.where(grid > 0.8, 0.3, grid - 0.5))[None]
     assert slope_contrast(grid, kinked, (0.5, 0.8), (0.1, 1.0)) == pytest.approx([1])
-    assert np.isnan(slope_contrast(np.array([0.0, 1.0]), np.ones((1, 2)), (0.5, 0.8),
-                                   (0.1, 1.0))).all()
+    assert np.isnan(
+        slope_contrast(np.array([0.0, 1.0]), np.ones((1, 2)), (0.5, 0.8), (0.1, 1.0))
+    ).all()
 
 
 @given(st.floats(-5, 5), st.integers(0, 2**32 - 1))
@@ -148,8 +153,14 @@ def test_contrasts_do_not_see_a_shift(shift, seed):
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(-0.5, 0.5, "confirmed"), (1.5, 3, "refuted"), (-3, -1.5, "refuted"),
-     (0.5, 1.5, "inconclusive"), (-2, 2, "inconclusive"), (math.nan, math.nan, "inconclusive")],
+    [
+        (-0.5, 0.5, "confirmed"),
+        (1.5, 3, "refuted"),
+        (-3, -1.5, "refuted"),
+        (0.5, 1.5, "inconclusive"),
+        (-2, 2, "inconclusive"),
+        (math.nan, math.nan, "inconclusive"),
+    ],
 )
 def test_equivalence(low, high, word):
     assert equivalence(low, high, 1.0) == word
@@ -157,8 +168,13 @@ def test_equivalence(low, high, word):
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(0.1, 2, "confirmed"), (-2, -0.1, "refuted"), (-1, 1, "inconclusive"),
-     (0, 0, "refuted"), (math.nan, math.nan, "inconclusive")],
+    [
+        (0.1, 2, "confirmed"),
+        (-2, -0.1, "refuted"),
+        (-1, 1, "inconclusive"),
+        (0, 0, "refuted"),
+        (math.nan, math.nan, "inconclusive"),
+    ],
 )
 def test_superiority(low, high, word):
     assert superiority(low, high, 0.0) == word
@@ -181,8 +197,14 @@ def test_verdicts_are_put_together():
 def _text(source, name, tokens, kl):
     curve = [kl, 2 * kl]
     names = ("kl", "entropy_ref", "entropy_test", "delta_p_squared")
-    return {"source": source, "id": name, "tokens": tokens, "same_top": 1.0, "ln_ppl_ratio": kl,
-            "curves": {name: curve for name in names}}
+    return {
+        "source": source,
+        "id": name,
+        "tokens": tokens,
+        "same_top": 1.0,
+        "ln_ppl_ratio": kl,
+        "curves": {name: curve for name in names},
+    }
 
 
 def test_a_prompt_counts_once_and_its_texts_by_their_tokens():

@@ -1,9 +1,9 @@
 """Temperature studies of quantized models: design, run, measures, statistics, report.
 
-    study = qllm.study.run("smoke", out="my-study")
-    study.claims                  # verdicts with intervals
-    study.plot("divergence")      # a matplotlib figure
-    study.report                  # path of a self-contained HTML file
+study = qllm.study.run("smoke", out="my-study")
+study.claims                  # verdicts with intervals
+study.plot("divergence")      # a matplotlib figure
+study.report                  # path of a self-contained HTML file
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 SMALL_BYTES = 100_000_000
 """Models with fewer bytes in their swapped layers are called too small for timings to mean much."""
 
-_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+_RAISED = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -70,7 +72,8 @@ def null_sentence(study: Study) -> tuple[bool, str]:
         return False, "This study has no null arm, so nothing shows how large its own noise is."
     plain = design.reference
     how = " and ".join(
-        f"{arm.name} ({plain.name} computed anew, in batches of {arm.batch_size or design.batch_size}"
+        f"{arm.name} ({plain.name} computed anew, in batches of"
+        f" {arm.batch_size or design.batch_size}"
         f" on {arm.threads or design.threads or 'all'} thread(s) instead of"
         f" {plain.batch_size or design.batch_size} on {plain.threads or design.threads or 'all'})"
         for arm in nulls
@@ -96,7 +99,10 @@ def order(study: Study, model: str) -> list[tuple[str, float]]:
     """Arms and their mean KL over all temperatures, the nearest to the reference first."""
     summary = study.tables["summary"]
     found = [
-        (arm, float(one(summary, model=model, arm=arm, source="all", measure="kl_mean")["estimate"]))
+        (
+            arm,
+            float(one(summary, model=model, arm=arm, source="all", measure="kl_mean")["estimate"]),
+        )
         for arm in arms_of(study)
     ]
     return sorted(found, key=lambda pair: pair[1])
@@ -118,9 +124,14 @@ def short_answer(study: Study) -> list[str]:
         )
         flips = rows(summary, model=model, source="all", measure="disagreement_at_1")
         if len(flips):
-            sentence += " At temperature 1 and with the same noise, the next token is another one in " \
-                + ", ".join(f"{number(100 * one(flips, arm=arm)['estimate'], 2)} % ({arm})"
-                            for arm, _ in ranked) + " of all places."
+            sentence += (
+                " At temperature 1 and with the same noise, the next token is another one in "
+                + ", ".join(
+                    f"{number(100 * one(flips, arm=arm)['estimate'], 2)} % ({arm})"
+                    for arm, _ in ranked
+                )
+                + " of all places."
+            )
         sentences.append(sentence + _peak_sentence(study, model, [arm for arm, _ in ranked]))
     return sentences
 
@@ -133,8 +144,11 @@ def _peak_sentence(study: Study, model: str, arms: list[str]) -> str:
         return ""
     low, high = study.design.band
     inside = sum(low - 1e-9 <= value <= high + 1e-9 for value in found)
-    place = (f"at temperature {number(found[0])}" if found[0] == found[-1] else
-             f"at temperatures from {number(found[0])} to {number(found[-1])}, depending on the arm")
+    place = (
+        f"at temperature {number(found[0])}"
+        if found[0] == found[-1]
+        else f"at temperatures from {number(found[0])} to {number(found[-1])}, depending on the arm"
+    )
     return (
         f" That is most frequent {place}: {inside or 'none'} of {len(found)} peaks in the band"
         f" {low:g} to {high:g}."
@@ -142,8 +156,14 @@ def _peak_sentence(study: Study, model: str, arms: list[str]) -> str:
 
 
 def _peak(study: Study, model: str, arm: str) -> Series:
-    return one(study.tables["sensitivity"], model=model, arm=arm, source="all", kind="peak",
-               measure="disagreement")
+    return one(
+        study.tables["sensitivity"],
+        model=model,
+        arm=arm,
+        source="all",
+        kind="peak",
+        measure="disagreement",
+    )
 
 
 def divergence(study: Study) -> str:
@@ -168,9 +188,17 @@ def divergence(study: Study) -> str:
             f" {'inside' if inside else 'outside'} the band."
         )
         greater = [
-            arm for arm, _ in ranked
-            if one(sensitivity, model=model, arm=arm, source="all", kind="contrast",
-                   measure="disagreement")["low"] > 0
+            arm
+            for arm, _ in ranked
+            if one(
+                sensitivity,
+                model=model,
+                arm=arm,
+                source="all",
+                kind="contrast",
+                measure="disagreement",
+            )["low"]
+            > 0
         ]
         parts.append(
             f"It is clearly higher inside the band than around it for {', '.join(greater)}."
@@ -191,8 +219,9 @@ def survival(study: Study) -> str:
     ]
     last = design.max_new_tokens
     for model in design.models:
-        for temperature in sorted({min(survival_temperatures(design)),
-                                   max(survival_temperatures(design))}):
+        for temperature in sorted(
+            {min(survival_temperatures(design)), max(survival_temperatures(design))}
+        ):
             end = rows(table, model=model, temperature=temperature, position=last)
             shares = [(arm, float(one(end, arm=arm)["estimate"])) for arm in arms_of(study)]
             if shares:
@@ -217,9 +246,11 @@ def generation(study: Study) -> str:
         for arm in arms_of(study):
             theirs = rows(table, model=model, arm=arm, measure="nll_reference")
             difference = theirs["estimate"].to_numpy() - ours["estimate"].to_numpy()
-            gaps += [(abs(gap), gap, arm, temperature)
-                     for gap, temperature in zip(difference, ours["temperature"])
-                     if not math.isnan(gap)]
+            gaps += [
+                (abs(gap), gap, arm, temperature)
+                for gap, temperature in zip(difference, ours["temperature"])
+                if not math.isnan(gap)
+            ]
         if gaps:
             _, gap, arm, temperature = max(gaps)
             first, last = ours["estimate"].iloc[0], ours["estimate"].iloc[-1]
@@ -255,8 +286,11 @@ def cost(study: Study) -> str:
             row = one(speed, model=model, arm=arm, phase="decode")
             found.append(f"{arm} {number(row['ratio'], 2)} {interval(row, 2)}")
         parts.append(f"{label(model)}, decode at batch 1, times {plain}: {', '.join(found)}.")
-    small = [label(name) for name in design.models
-             if one(weights, model=name, arm=plain)["bytes"] < SMALL_BYTES]
+    small = [
+        label(name)
+        for name in design.models
+        if one(weights, model=name, arm=plain)["bytes"] < SMALL_BYTES
+    ]
     if small:
         parts.append(
             f"The layers of {' and '.join(small)} are so small that they stay in the processor's"

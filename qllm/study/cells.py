@@ -25,8 +25,16 @@ if TYPE_CHECKING:
 SPEED = "speed"
 """The cell in which the speed of all arms is taken, in place of an arm's name."""
 
-MEASURES = ("kl", "kl_reverse", "tv", "disagreement", "entropy_ref", "entropy_test", "max_ref",
-            "delta_p")
+MEASURES = (
+    "kl",
+    "kl_reverse",
+    "tv",
+    "disagreement",
+    "entropy_ref",
+    "entropy_test",
+    "max_ref",
+    "delta_p",
+)
 """What `qllm.logit_stats` gives for every token and temperature and a cell keeps the mean of."""
 
 
@@ -133,10 +141,9 @@ def environment(model: Model) -> dict[str, Any]:
     }
 
 
-def _generations(
-    design: Design, arm: Arm, model: Model, reference: Model
-) -> list[dict[str, Any]]:
-    from ..model import GenerationConfig, Request
+def _generations(design: Design, arm: Arm, model: Model, reference: Model) -> list[dict[str, Any]]:
+    from ..config import GenerationConfig
+    from ..generation import Request
 
     grid = [
         (temperature, seed, prompt)
@@ -164,16 +171,18 @@ def _generations(
         whole = (*sample.prompt_ids, *sample.ids)
         if whole not in scores:
             scores[whole] = _nll(reference, whole, len(sample.prompt_ids))
-        rows.append({
-            "temperature": temperature,
-            "seed": seed,
-            "prompt": prompt.id,
-            "prompt_ids": [int(token) for token in sample.prompt_ids],
-            "ids": [int(token) for token in sample.ids],
-            "text": sample.text or "",
-            "finish": sample.finish_reason,
-            "nll_reference": scores[whole],
-        })
+        rows.append(
+            {
+                "temperature": temperature,
+                "seed": seed,
+                "prompt": prompt.id,
+                "prompt_ids": [int(token) for token in sample.prompt_ids],
+                "ids": [int(token) for token in sample.ids],
+                "text": sample.text or "",
+                "finish": sample.finish_reason,
+                "nll_reference": scores[whole],
+            }
+        )
     return rows
 
 
@@ -206,8 +215,9 @@ def _texts(task: Task, reference: Model) -> Iterator[_Reading]:
     kinds = {prompt.id: prompt.kind for prompt in task.design.prompts}
     for own in task.own:
         ids = own.prompt_ids + own.ids
-        yield _Reading("own", own.prompt, kinds[own.prompt], own.seed, ids,
-                       max(1, len(own.prompt_ids)))
+        yield _Reading(
+            "own", own.prompt, kinds[own.prompt], own.seed, ids, max(1, len(own.prompt_ids))
+        )
     for text in task.design.texts:
         ids = tuple(int(token) for token in reference.encode(text.text))
         if len(ids) < 2:
@@ -275,12 +285,14 @@ def _speed_cell(task: Task) -> dict[str, Any]:
             for _ in range(speed.warmups):
                 _timed(model, ids, 1)
                 _timed(model, ids[:1], speed.decode_tokens)
-            rows.append({
-                "arm": arm.name,
-                "round": turn,
-                "prefill_seconds": _timed(model, ids, 1),
-                "decode_seconds": _timed(model, ids[:1], speed.decode_tokens),
-            })
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "round": turn,
+                    "prefill_seconds": _timed(model, ids, 1),
+                    "decode_seconds": _timed(model, ids[:1], speed.decode_tokens),
+                }
+            )
     rows.sort(key=lambda row: (row["round"], [arm.name for arm in arms].index(row["arm"])))
     return {"rounds": rows, "environment": {**environment(model), "threads": model.info().threads}}
 

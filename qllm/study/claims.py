@@ -70,8 +70,18 @@ def make_claims(
             rows += [{"claim": claim, "model": model, **row} for row in found] or [
                 _untested(claim, model, "the design has not the arms for it, or no timing")
             ]
-    columns = ["claim", "model", "comparison", "endpoint", "estimate", "low", "high", "margin",
-               "verdict", "note"]
+    columns = [
+        "claim",
+        "model",
+        "comparison",
+        "endpoint",
+        "estimate",
+        "low",
+        "high",
+        "margin",
+        "verdict",
+        "note",
+    ]
     frame = pd.DataFrame(rows, columns=columns)
     about_speed = frame["claim"].isin(SPEED_CLAIMS)
     return {
@@ -96,16 +106,39 @@ def _untested(claim: str, model: str, why: str | None = None) -> dict[str, Any]:
             if model.startswith("demo:")
             else ": needs checkpoints of both families in several sizes in one study"
         )
-    return {"claim": claim, "model": model, "comparison": "", "endpoint": "",
-            "estimate": math.nan, "low": math.nan, "high": math.nan, "margin": math.nan,
-            "verdict": "not tested", "note": reason}
+    return {
+        "claim": claim,
+        "model": model,
+        "comparison": "",
+        "endpoint": "",
+        "estimate": math.nan,
+        "low": math.nan,
+        "high": math.nan,
+        "margin": math.nan,
+        "verdict": "not tested",
+        "note": reason,
+    }
 
 
-def _row(comparison: str, endpoint: str, found: Sequence[Any], margin: float, verdict: str,
-         note: str = "") -> dict[str, Any]:
+def _row(
+    comparison: str,
+    endpoint: str,
+    found: Sequence[Any],
+    margin: float,
+    verdict: str,
+    note: str = "",
+) -> dict[str, Any]:
     estimate, low, high = (float(number) for number in found)
-    return {"comparison": comparison, "endpoint": endpoint, "estimate": estimate, "low": low,
-            "high": high, "margin": margin, "verdict": verdict, "note": note}
+    return {
+        "comparison": comparison,
+        "endpoint": endpoint,
+        "estimate": estimate,
+        "low": low,
+        "high": high,
+        "margin": margin,
+        "verdict": verdict,
+        "note": note,
+    }
 
 
 def _arm(design: Design, name: str) -> Arm | None:
@@ -120,12 +153,18 @@ def _pairs(design: Design) -> list[tuple[Arm, Arm]]:
 
 
 def _four_bit(design: Design) -> list[Arm]:
-    return [arm for arm in design.arms
-            if arm.role == "arm" and arm.format.startswith(("nf4", "fp4"))]
+    return [
+        arm for arm in design.arms if arm.role == "arm" and arm.format.startswith(("nf4", "fp4"))
+    ]
 
 
 def _ratios(
-    design: Design, frames: Mapping[str, DataFrame], model: str, phase: str, one: Arm, two: Arm,
+    design: Design,
+    frames: Mapping[str, DataFrame],
+    model: str,
+    phase: str,
+    one: Arm,
+    two: Arm,
     intervals: Intervals,
 ) -> tuple[float, float, float]:
     """Tokens per second, one / two in the same round of timing: median, low, high."""
@@ -133,46 +172,96 @@ def _ratios(
     return intervals.median(found[one.name] / found[two.name])
 
 
-def _c1a(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],
-         samples: Any, intervals: Intervals) -> Iterator[dict[str, Any]]:
+def _c1a(
+    design: Design,
+    model: str,
+    cells: Cells,
+    frames: Mapping[str, DataFrame],
+    samples: Any,
+    intervals: Intervals,
+) -> Iterator[dict[str, Any]]:
     margin = design.margins["tokens_per_second"]
     for one, two in _pairs(design) if design.speed else ():
         for phase in ("decode", "prefill"):
             found = _ratios(design, frames, model, phase, one, two, intervals)
-            yield _row(f"{one.name} / {two.name}", f"tokens/s, {phase}", found, margin,
-                       equivalence(found[1] - 1, found[2] - 1, margin))
+            yield _row(
+                f"{one.name} / {two.name}",
+                f"tokens/s, {phase}",
+                found,
+                margin,
+                equivalence(found[1] - 1, found[2] - 1, margin),
+            )
 
 
-def _c1b(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],
-         samples: Any, intervals: Intervals) -> Iterator[dict[str, Any]]:
+def _c1b(
+    design: Design,
+    model: str,
+    cells: Cells,
+    frames: Mapping[str, DataFrame],
+    samples: Any,
+    intervals: Intervals,
+) -> Iterator[dict[str, Any]]:
     margin = design.margins["bytes"]
-    held = {row["arm"]: row["bytes"] for row in frames["weights"].to_dict("records")
-            if row["model"] == model}
+    held = {
+        row["arm"]: row["bytes"]
+        for row in frames["weights"].to_dict("records")
+        if row["model"] == model
+    }
     for one, two in _pairs(design):
         ratio = held[one.name] / held[two.name]
-        yield _row(f"{one.name} / {two.name}", "bytes of the swapped layers", [ratio] * 3, margin,
-                   equivalence(ratio - 1, ratio - 1, margin), "counted, so without an interval")
+        yield _row(
+            f"{one.name} / {two.name}",
+            "bytes of the swapped layers",
+            [ratio] * 3,
+            margin,
+            equivalence(ratio - 1, ratio - 1, margin),
+            "counted, so without an interval",
+        )
 
 
-def _c1c(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],
-         samples: Any, intervals: Intervals) -> Iterator[dict[str, Any]]:
+def _c1c(
+    design: Design,
+    model: str,
+    cells: Cells,
+    frames: Mapping[str, DataFrame],
+    samples: Any,
+    intervals: Intervals,
+) -> Iterator[dict[str, Any]]:
     for one, two in _pairs(design):
         name = f"{one.name} \u2212 {two.name}"
-        sides = [logit_clusters(cells[model, arm.name]["texts"], "all", "ln_ppl_ratio")
-                 for arm in (one, two)]
+        sides = [
+            logit_clusters(cells[model, arm.name]["texts"], "all", "ln_ppl_ratio")
+            for arm in (one, two)
+        ]
         found = intervals.mean(sides[0] - sides[1])
         margin = design.margins["ln_ppl"]
-        yield _row(name, "ln perplexity", found, margin,
-                   equivalence(float(found[1]), float(found[2]), margin))
+        yield _row(
+            name,
+            "ln perplexity",
+            found,
+            margin,
+            equivalence(float(found[1]), float(found[2]), margin),
+        )
         curves = [sample_clusters(design, samples, model, arm.name)["rep_4"] for arm in (one, two)]
         found = intervals.mean(np.nanmean(curves[0] - curves[1], axis=1))
         margin = design.margins["rep_4"]
-        yield _row(name, "rep-4, mean over temperatures", found, margin,
-                   equivalence(float(found[1]), float(found[2]), margin))
+        yield _row(
+            name,
+            "rep-4, mean over temperatures",
+            found,
+            margin,
+            equivalence(float(found[1]), float(found[2]), margin),
+        )
 
 
-def _c4(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],
-        samples: Any, intervals: Intervals) -> Iterator[dict[str, Any]]:
+def _c4(
+    design: Design,
+    model: str,
+    cells: Cells,
+    frames: Mapping[str, DataFrame],
+    samples: Any,
+    intervals: Intervals,
+) -> Iterator[dict[str, Any]]:
     """Both must hold: the arm parts from the reference more inside the band than around it, and
     its texts change faster with temperature there than the reference's do."""
     sensitivity = frames["sensitivity"]
@@ -180,23 +269,34 @@ def _c4(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame
     plain = sample_clusters(design, samples, model, design.reference.name)
     for arm in _four_bit(design):
         chosen = sensitivity[
-            (sensitivity["model"] == model) & (sensitivity["arm"] == arm.name)
-            & (sensitivity["source"] == "all") & (sensitivity["kind"] == "contrast")
+            (sensitivity["model"] == model)
+            & (sensitivity["arm"] == arm.name)
+            & (sensitivity["source"] == "all")
+            & (sensitivity["kind"] == "contrast")
             & (sensitivity["measure"] == "disagreement")
         ].iloc[0]
         rows = []
         margin = design.margins["contrast_disagreement"]
         found = [chosen["estimate"], chosen["low"], chosen["high"]]
-        rows.append(_row(arm.name, "1 - A, band minus surroundings", found, margin,
-                         _effect(found, margin)))
+        rows.append(
+            _row(arm.name, "1 - A, band minus surroundings", found, margin, _effect(found, margin))
+        )
         mine = sample_clusters(design, samples, model, arm.name)
         for measure, label in (("nll_reference", "NLL of the texts"), ("rep_4", "rep-4")):
             margin = design.margins[f"interaction_{measure.removesuffix('_reference')}"]
-            values = slope_contrast(grid, mine[measure] - plain[measure], design.band,
-                                    design.surroundings)
+            values = slope_contrast(
+                grid, mine[measure] - plain[measure], design.band, design.surroundings
+            )
             found = [float(part) for part in intervals.mean(values)]
-            rows.append(_row(arm.name, f"{label}, extra slope in the band", found, margin,
-                             _effect(found, margin)))
+            rows.append(
+                _row(
+                    arm.name,
+                    f"{label}, extra slope in the band",
+                    found,
+                    margin,
+                    _effect(found, margin),
+                )
+            )
         together = _c4_verdict([row["verdict"] for row in rows])
         for row in rows:
             row["note"] = f"for {arm.name} together: {together}"
@@ -204,10 +304,9 @@ def _c4(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame
 
 
 def _effect(found: Sequence[float], margin: float) -> str:
-    """Verdict on "greater than 0", refuted when even the smallest effect that counts is excluded."""
+    """Verdict on "greater than 0", refuted when the smallest effect that counts is excluded."""
     above = superiority(found[1], found[2], 0.0)
-    return above if above == "confirmed" else (
-        "refuted" if found[2] < margin else "inconclusive")
+    return above if above == "confirmed" else ("refuted" if found[2] < margin else "inconclusive")
 
 
 def _c4_verdict(verdicts: Sequence[str]) -> str:
@@ -221,20 +320,33 @@ def _c4_verdict(verdicts: Sequence[str]) -> str:
     return "inconclusive"
 
 
-def _c5(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],
-        samples: Any, intervals: Intervals) -> Iterator[dict[str, Any]]:
+def _c5(
+    design: Design,
+    model: str,
+    cells: Cells,
+    frames: Mapping[str, DataFrame],
+    samples: Any,
+    intervals: Intervals,
+) -> Iterator[dict[str, Any]]:
     arm, margin = _arm(design, "int8"), design.margins["tokens_per_second"]
     if arm is None or design.speed is None:
         return
     for phase in ("decode", "prefill"):
         found = _ratios(design, frames, model, phase, arm, design.reference, intervals)
         slower = superiority(1 - found[2], 1 - found[1], margin)
-        yield _row(f"{arm.name} / {design.reference.name}", f"tokens/s, {phase}", found, margin,
-                   slower)
+        yield _row(
+            f"{arm.name} / {design.reference.name}", f"tokens/s, {phase}", found, margin, slower
+        )
 
 
-def _c6(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame],
-        samples: Any, intervals: Intervals) -> Iterator[dict[str, Any]]:
+def _c6(
+    design: Design,
+    model: str,
+    cells: Cells,
+    frames: Mapping[str, DataFrame],
+    samples: Any,
+    intervals: Intervals,
+) -> Iterator[dict[str, Any]]:
     if design.speed is None:
         return
     for arm in design.arms:
@@ -243,8 +355,9 @@ def _c6(design: Design, model: str, cells: Cells, frames: Mapping[str, DataFrame
         for phase in ("decode", "prefill"):
             found = _ratios(design, frames, model, phase, arm, design.reference, intervals)
             faster = "confirmed" if found[2] < 1 else "refuted" if found[1] > 1 else "inconclusive"
-            yield _row(f"{arm.name} / {design.reference.name}", f"tokens/s, {phase}", found,
-                       0.0, faster)
+            yield _row(
+                f"{arm.name} / {design.reference.name}", f"tokens/s, {phase}", found, 0.0, faster
+            )
 
 
 _TESTS = {"C1a": _c1a, "C1b": _c1b, "C1c": _c1c, "C4": _c4, "C5": _c5, "C6": _c6}

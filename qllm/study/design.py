@@ -190,8 +190,10 @@ PROFILES: dict[str, dict[str, Any]] = {"smoke": {"name": "smoke"}}
 """Built-in designs by name, as what they change of the defaults."""
 
 
-def resolve(design: Design | str | Mapping[str, Any] | os.PathLike[str] = "smoke",
-            models: str | Iterable[str] | None = None) -> Design:
+def resolve(
+    design: Design | str | Mapping[str, Any] | os.PathLike[str] = "smoke",
+    models: str | Iterable[str] | None = None,
+) -> Design:
     """A complete design from a design, the name of a profile, a mapping of entries, or the path of
     a JSON file; `models` replaces its models."""
     if isinstance(design, Design):
@@ -260,7 +262,9 @@ def _normalise(design: Design) -> None:
     margins = dict(MARGINS)
     for key, value in design.margins.items():
         if key not in MARGINS:
-            raise QllmValueError(f"there is no margin {quoted(key)}; there are {', '.join(MARGINS)}")
+            raise QllmValueError(
+                f"there is no margin {quoted(key)}; there are {', '.join(MARGINS)}"
+            )
         margins[key] = _number(f"margins[{key!r}]")(value)
     _set(design, "margins", margins)
 
@@ -465,9 +469,7 @@ def _check_rest(design: Design) -> None:
         if not isinstance(getattr(design, name), bool):
             raise QllmValueError(f"{name} must be true or false")
     if design.compute not in ("exact", "auto"):
-        raise QllmValueError(
-            f"compute must be exact or auto, not {quoted(design.compute)}"
-        )
+        raise QllmValueError(f"compute must be exact or auto, not {quoted(design.compute)}")
     if design.int8_threshold < 0:
         raise QllmValueError(f"int8_threshold must be 0 or more, not {design.int8_threshold}")
     if not 0.5 <= design.confidence < 1:

@@ -96,9 +96,10 @@ def read_cell(path: Path, fingerprint: str) -> dict[str, Any] | None:
         raise DamagedCell(f"{path} is damaged ({error})") from None
     body = cell.get("body")
     text = json.dumps(body, ensure_ascii=True, separators=(",", ":"))
-    if not isinstance(body, dict) or cell.get("sha256") != hashlib.sha256(
-        text.encode()
-    ).hexdigest():
+    if (
+        not isinstance(body, dict)
+        or cell.get("sha256") != hashlib.sha256(text.encode()).hexdigest()
+    ):
         raise DamagedCell(f"{path} is damaged (its checksum does not match)")
     if cell.get("fingerprint") != fingerprint:
         raise DamagedCell(f"{path} belongs to another design, model or version")

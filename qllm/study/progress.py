@@ -41,8 +41,11 @@ def _lines() -> Listener:
 
     def tell(event: Event) -> None:
         place = "note" if event.notice else f"{event.done}/{event.total}"
-        print(f"[{time.monotonic() - start:7.1f} s] {place}: {event.text}", file=sys.stderr,
-              flush=True)
+        print(
+            f"[{time.monotonic() - start:7.1f} s] {place}: {event.text}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return tell
 

@@ -108,8 +108,10 @@ def verdict_table(study: Study) -> str:
     for claim, sentence in CLAIMS.items():
         part, found = rows(claims, claim=claim), rows(words, claim=claim)
         if set(found["verdict"]) == {"not tested"} and part["note"].nunique() == 1:
-            cells = (f'<td colspan="{len(design.models)}">{_badge("not tested")}'
-                     f'<span class="small">: {escape(part["note"].iloc[0])}</span></td>')
+            cells = (
+                f'<td colspan="{len(design.models)}">{_badge("not tested")}'
+                f'<span class="small">: {escape(part["note"].iloc[0])}</span></td>'
+            )
         else:
             cells = "".join(
                 f"<td>{_badge(one(found, model=model)['verdict'])}<br>"
@@ -139,8 +141,11 @@ def _evidence(part: DataFrame) -> str:
         return "; ".join(note.removeprefix("for ").replace(" together", "") for note in notes)
     if first["claim"] in SPEED_CLAIMS:
         part = part[part["endpoint"].str.contains("decode")]
-    found = [f"{row['comparison']} {number(row['estimate'])} {interval(row)}".rstrip()
-             for _, row in part.iterrows() if row["endpoint"] == part.iloc[0]["endpoint"]]
+    found = [
+        f"{row['comparison']} {number(row['estimate'])} {interval(row)}".rstrip()
+        for _, row in part.iterrows()
+        if row["endpoint"] == part.iloc[0]["endpoint"]
+    ]
     return f"{part.iloc[0]['endpoint']}: {'; '.join(found)}"
 
 
@@ -191,9 +196,7 @@ def _texts_of(study: Study, prompt: str, shown: DataFrame) -> str:
             continue
         row = one(shown, arm=arm.name)
         lines.append(f"<b>{escape(arm.name)}</b><span>{_marked(plain, row)}</span>")
-    return (
-        f'<p class="prompt">{escape(prompt)}\u2026</p><div class="texts">{"".join(lines)}</div>'
-    )
+    return f'<p class="prompt">{escape(prompt)}\u2026</p><div class="texts">{"".join(lines)}</div>'
 
 
 def _marked(plain: Any, row: Any) -> str:
@@ -208,7 +211,9 @@ def _marked(plain: Any, row: Any) -> str:
     while stop < len(text) and (stop == start or not text[stop].isspace()):
         stop += 1
     word = escape(text[start:stop]) or "(ends)"
-    return f'<span class="same">{escape(text[:start])}</span><mark>{word}</mark>{escape(text[stop:])}'
+    return (
+        f'<span class="same">{escape(text[:start])}</span><mark>{word}</mark>{escape(text[stop:])}'
+    )
 
 
 def html_table(caption: str, head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -216,7 +221,8 @@ def html_table(caption: str, head: Sequence[str], lines: Iterable[Sequence[objec
     body = []
     for line in lines:
         cells = "".join(
-            f'<td class="n">{number(value, 4)}</td>' if isinstance(value, float)
+            f'<td class="n">{number(value, 4)}</td>'
+            if isinstance(value, float)
             else f"<td>{escape(str(value))}</td>"
             for value in line
         )
@@ -232,23 +238,57 @@ def _tables(study: Study) -> str:
     design = study.design
     parts = ["<h2>Tables</h2>", _summary_table(study), _sensitivity_table(study)]
     weights = study.tables["weights"]
-    parts.append(html_table(
-        "Weights of the swapped layers: bits per weight, bytes, signal to quantization noise",
-        ["model", "arm", "layers", "weights", "bytes", "bits/weight", "SQNR, dB"],
-        [[label(row["model"]), row["arm"], row["layers"], f"{row['weights']:,}",
-          f"{row['bytes']:,}", float(row["bits_per_weight"]), float(row["sqnr_db"])]
-         for _, row in weights.iterrows()],
-    ))
+    parts.append(
+        html_table(
+            "Weights of the swapped layers: bits per weight, bytes, signal to quantization noise",
+            ["model", "arm", "layers", "weights", "bytes", "bits/weight", "SQNR, dB"],
+            [
+                [
+                    label(row["model"]),
+                    row["arm"],
+                    row["layers"],
+                    f"{row['weights']:,}",
+                    f"{row['bytes']:,}",
+                    float(row["bits_per_weight"]),
+                    float(row["sqnr_db"]),
+                ]
+                for _, row in weights.iterrows()
+            ],
+        )
+    )
     if (speed := study.tables.get("speed")) is not None:
-        parts.append(html_table(
-            f"Speed on {_machine(study)}; median ratio to {design.reference.name} in the same round",
-            ["model", "arm", "phase", "tokens/s (median)", "ratio", "interval"],
-            [[label(row["model"]), row["arm"], row["phase"], float(row["tokens_per_second"]),
-              float(row["ratio"]), interval(row)] for _, row in speed.iterrows()],
-        ))
-    lines = [[row["claim"], label(row["model"]), row["comparison"], row["endpoint"],
-              float(row["estimate"]), interval(row), float(row["margin"]), row["verdict"]]
-             for _, row in study.claims.iterrows() if row["verdict"] != "not tested"]
+        parts.append(
+            html_table(
+                f"Speed on {_machine(study)}; median ratio to {design.reference.name} in the same"
+                " round",
+                ["model", "arm", "phase", "tokens/s (median)", "ratio", "interval"],
+                [
+                    [
+                        label(row["model"]),
+                        row["arm"],
+                        row["phase"],
+                        float(row["tokens_per_second"]),
+                        float(row["ratio"]),
+                        interval(row),
+                    ]
+                    for _, row in speed.iterrows()
+                ],
+            )
+        )
+    lines = [
+        [
+            row["claim"],
+            label(row["model"]),
+            row["comparison"],
+            row["endpoint"],
+            float(row["estimate"]),
+            interval(row),
+            float(row["margin"]),
+            row["verdict"],
+        ]
+        for _, row in study.claims.iterrows()
+        if row["verdict"] != "not tested"
+    ]
     head = ["claim", "model", "comparison", "endpoint", "estimate", "interval", "margin", "verdict"]
     table = html_table("Every endpoint behind the verdicts", head, lines)
     parts.append(f"<details><summary>All {len(lines)} endpoints</summary>{table}</details>")
@@ -278,7 +318,8 @@ def _summary_table(study: Study) -> str:
             lines.append([label(model), arm.name, *cells])
     return html_table(
         f"Logits against {study.design.reference.name}, with intervals over prompts and passages",
-        ["model", "arm", *names.values()], lines,
+        ["model", "arm", *names.values()],
+        lines,
     )
 
 
@@ -288,13 +329,19 @@ def _sensitivity_table(study: Study) -> str:
     for model in design.models:
         for arm in captions.arms_of(study):
             cells = [one(chosen, model=model, arm=arm, kind=kind) for kind in ("contrast", "peak")]
-            lines.append([label(model), arm, *(f"{number(row['estimate'])} {interval(row, 2)}"
-                                               for row in cells)])
+            lines.append(
+                [
+                    label(model),
+                    arm,
+                    *(f"{number(row['estimate'])} {interval(row, 2)}" for row in cells),
+                ]
+            )
     return html_table(
         "Sensitivity in 1 \u2212 agreement: mean in the band"
         f" {design.band[0]:g} to {design.band[1]:g} minus the rest of {design.surroundings[0]:g} to"
         f" {design.surroundings[1]:g}, and the temperature of the peak",
-        ["model", "arm", "band contrast", "peak at"], lines,
+        ["model", "arm", "band contrast", "peak at"],
+        lines,
     )
 
 
@@ -313,43 +360,60 @@ def _machine(study: Study) -> str:
 
 def _methods(study: Study) -> str:
     design = study.design
-    own = "" if design.own_temperature is None else (
-        f"the {design.reference.name} model's own samples at temperature"
-        f" {design.own_temperature:g} (after each of {len(design.prompts)} prompts, {len(design.seeds)}"
-        " seed(s); only the generated part is compared)"
+    own = (
+        ""
+        if design.own_temperature is None
+        else (
+            f"the {design.reference.name} model's own samples at temperature"
+            f" {design.own_temperature:g} (after each of {len(design.prompts)} prompts,"
+            f" {len(design.seeds)}"
+            " seed(s); only the generated part is compared)"
+        )
     )
     held = f"{len(design.texts)} passages written for this purpose" if design.texts else ""
     temperatures = ", ".join(f"{value:g}" for value in design.temperatures)
     grid = design.logit_temperatures
     items = [
-        "Arms: " + "; ".join(
+        "Arms: "
+        + "; ".join(
             f"{arm.name} (format {arm.format}"
             + (f", blocks of {arm.blocksize}" if arm.format.startswith(("nf4", "fp4")) else "")
-            + f", {arm.role})" for arm in design.arms
-        ) + ". The output embedding is " + ("" if design.quantize_head else "not ") + "quantized."
+            + f", {arm.role})"
+            for arm in design.arms
+        )
+        + ". The output embedding is "
+        + ("" if design.quantize_head else "not ")
+        + "quantized."
         f" Compute mode {design.compute}.",
-        f"Logits: reference and arm read the same tokens, {' and '.join(filter(None, (own, held)))}."
+        f"Logits: reference and arm read the same tokens,"
+        f" {' and '.join(filter(None, (own, held)))}."
         f" At {len(grid)} temperatures from {grid[0]:g} to {grid[-1]:g}, and without sampling, the"
         " core computes KL divergence (both ways), total variation, and 1 \u2212 agreement: the"
         " probability that both, drawing with the same Gumbel noise, take different tokens, exactly"
-        " sum over i of 1 / sum over j of max(p_j/p_i, q_j/q_i), taken from 1. \u0394p is the change"
+        " sum over i of 1 / sum over j of max(p_j/p_i, q_j/q_i), taken from 1. \u0394p is the"
+        " change"
         " of the probability of the token that follows in the text; ln PPL ratio is the mean change"
         " of its negative log-probability at temperature 1.",
         f"Generation: {len(design.prompts)} prompts, seeds {', '.join(map(str, design.seeds))},"
         f" temperatures {temperatures}, {design.max_new_tokens} tokens, top_k "
-        + ("off" if design.top_k == 0 else str(design.top_k)) + ". A token is drawn as the largest"
-        " of logit + T \u00d7 noise, where the noise depends on seed, prompt, step and token id alone, so"
-        " arms and temperatures share it; temperature 0 is greedy. rep-n is 1 \u2212 different / all runs"
+        + ("off" if design.top_k == 0 else str(design.top_k))
+        + ". A token is drawn as the largest"
+        " of logit + T \u00d7 noise, where the noise depends on seed, prompt, step and token id"
+        " alone, so"
+        " arms and temperatures share it; temperature 0 is greedy. rep-n is 1 \u2212 different /"
+        " all runs"
         " of n tokens of a text; distinct-n is different / all over the seeds of a prompt.",
         f"Intervals: {percent_of(design.confidence)} % bootstrap percentile intervals,"
         f" {design.bootstrap_draws} draws of whole prompts (with all their seeds, temperatures and"
         " tokens), widened for few prompts as a t interval is. Each prompt or passage counts once.",
         "Verdicts: equality is confirmed when the interval lies inside the margin and refuted when"
-        " it lies outside; \u201cmore\u201d is confirmed when the interval lies above 0 (for C5, slower by"
+        " it lies outside; \u201cmore\u201d is confirmed when the interval lies above 0 (for C5,"
+        " slower by"
         " more than the margin) and refuted when it excludes even the smallest effect that counts."
         " C4 needs both: more departure inside the band than around it, and a steeper rise of"
         " surprise or of rep-4 there than the reference's. Margins, fixed beforehand: "
-        + ", ".join(f"{name} {value:g}" for name, value in design.margins.items()) + ".",
+        + ", ".join(f"{name} {value:g}" for name, value in design.margins.items())
+        + ".",
     ]
     if design.speed is not None:
         items.append(
@@ -371,7 +435,8 @@ def _limits(study: Study) -> str:
     items = [
         "Only the abstract of the paper was available: what it calls quality, sensitivity and speed"
         " is defined here, and may be measured differently there.",
-        f"{len(design.prompts)} prompts are few: intervals are wide, and a small effect would not be"
+        f"{len(design.prompts)} prompts are few: intervals are wide, and a small effect would not"
+        " be"
         " seen. \u201cInconclusive\u201d means just that.",
         "Verdicts are not corrected for their number; a study meant to decide should be larger and"
         " fixed beforehand.",
@@ -380,9 +445,12 @@ def _limits(study: Study) -> str:
         "No task with right and wrong answers is part of this study.",
     ]
     if _demo(study):
-        items.insert(0, "The demo models have one to two million weights and were trained on simple"
-                        " stories; nothing here carries over to models of another size, and claims"
-                        " about Llama 2 and Falcon cannot be tested with them.")
+        items.insert(
+            0,
+            "The demo models have one to two million weights and were trained on simple"
+            " stories; nothing here carries over to models of another size, and claims"
+            " about Llama 2 and Falcon cannot be tested with them.",
+        )
     return "<h2>Limits</h2><ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 
 
@@ -393,12 +461,17 @@ def _files(study: Study) -> str:
         for name in study.tables
     )
     hashes = html_table(
-        "SHA-256 of the model files", ["model", "file", "SHA-256"],
-        [[model, file, digest] for model, entry in manifest["models"].items()
-         for file, digest in entry["files"].items()],
+        "SHA-256 of the model files",
+        ["model", "file", "SHA-256"],
+        [
+            [model, file, digest]
+            for model, entry in manifest["models"].items()
+            for file, digest in entry["files"].items()
+        ],
     )
     return (
-        "<h2>Files</h2><p>Beside this page stand <code>design.json</code> (everything that was asked"
+        "<h2>Files</h2><p>Beside this page stand <code>design.json</code> (everything that was"
+        " asked"
         " for, every default written out), <code>manifest.json</code> (versions, machine, hashes),"
         " <code>cells/</code> (what was computed) and <code>plots/</code> (PNG and SVG).</p>"
         f"<ul>{tables}</ul>{hashes}"

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
-from ..strict_json import quoted, read_object
+from ..strict_json import read_object
 from .cells import SPEED, Task, compute, own_texts
 from .design import MAX_DESIGN_BYTES, Design, differences, resolve
 from .files import (
@@ -259,8 +259,11 @@ class _Work:
 def cell_keys(design: Design) -> list[tuple[str, str]]:
     """(model, arm) of every cell, the last of a model being `SPEED` when speed is measured."""
     last = [] if design.speed is None else [SPEED]
-    return [(model, arm) for model in design.models
-            for arm in [*(arm.name for arm in design.arms), *last]]
+    return [
+        (model, arm)
+        for model in design.models
+        for arm in [*(arm.name for arm in design.arms), *last]
+    ]
 
 
 def cell_name(design: Design, model: str, arm: str) -> str:
@@ -272,8 +275,13 @@ def cell_name(design: Design, model: str, arm: str) -> str:
 
 def fingerprint(manifest: Mapping[str, Any], model: str, arm: str) -> str:
     """What a cell depends on, as one SHA-256: design, model files, version."""
-    parts = [manifest["design_sha256"], manifest["models"][model]["files"], manifest["qllm"],
-             model, arm]
+    parts = [
+        manifest["design_sha256"],
+        manifest["models"][model]["files"],
+        manifest["qllm"],
+        model,
+        arm,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

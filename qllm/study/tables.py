@@ -44,7 +44,7 @@ TABLES = {
     "texts": "per text and temperature: the measures behind summary and curves",
     "samples": "every generated text with its measures",
 }
-"""Every table and what stands in it. Those whose names begin with `speed` differ from run to run."""
+"""Every table and what stands in it. Those named `speed...` differ from run to run."""
 
 UNTIMED = ("speed", "speed_rounds")
 """Tables that are not there when speed was not measured."""
@@ -52,8 +52,20 @@ UNTIMED = ("speed", "speed_rounds")
 CURVES = ("kl", "kl_reverse", "tv", "disagreement", "entropy_shift", "delta_p", "rms_delta_p")
 """Measures of `curves`."""
 
-GENERATION = ("equal", "first_divergence", "nll_reference", "rep_1", "rep_2", "rep_3", "rep_4",
-              "distinct_2", "distinct_3", "zlib_ratio", "tokens", "eos")
+GENERATION = (
+    "equal",
+    "first_divergence",
+    "nll_reference",
+    "rep_1",
+    "rep_2",
+    "rep_3",
+    "rep_4",
+    "distinct_2",
+    "distinct_3",
+    "zlib_ratio",
+    "tokens",
+    "eos",
+)
 """Measures of `generation`."""
 
 CHECKS = ("model", "arm", "measure", "largest_difference", "exactly_zero")
@@ -96,8 +108,10 @@ def write_tables(folder: Path, tables: Mapping[str, DataFrame]) -> None:
     """Each table as CSV (UTF-8, shortest exact decimals) and as Parquet. The same tables give the
     same bytes."""
     for name, frame in tables.items():
-        write_bytes(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n").encode(
-            "utf-8", "surrogateescape"))
+        write_bytes(
+            folder / f"{name}.csv",
+            frame.to_csv(index=False, lineterminator="\n").encode("utf-8", "surrogateescape"),
+        )
         write_bytes(folder / f"{name}.parquet", frame.to_parquet(index=False))
 
 
@@ -124,11 +138,16 @@ def _texts(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
                 curves = _columns(text)
                 for place, temperature in enumerate(design.logit_temperatures):
                     yield {
-                        "model": model, "arm": arm.name, "source": text["source"],
-                        "text": text["id"], "kind": text["kind"],
+                        "model": model,
+                        "arm": arm.name,
+                        "source": text["source"],
+                        "text": text["id"],
+                        "kind": text["kind"],
                         "seed": -1 if text["seed"] is None else text["seed"],
-                        "tokens": text["tokens"], "same_top": text["same_top"],
-                        "ln_ppl_ratio": text["ln_ppl_ratio"], "temperature": temperature,
+                        "tokens": text["tokens"],
+                        "same_top": text["same_top"],
+                        "ln_ppl_ratio": text["ln_ppl_ratio"],
+                        "temperature": temperature,
                         **{name: float(values[place]) for name, values in curves.items()},
                     }
 
@@ -150,8 +169,9 @@ def _clusters(
         if source in ("all", text["source"]):
             groups.setdefault((text["source"], text["id"]), []).append(text)
     rows = [
-        np.average([values(text) for text in group], axis=0,
-                   weights=[text["tokens"] for text in group])
+        np.average(
+            [values(text) for text in group], axis=0, weights=[text["tokens"] for text in group]
+        )
         for group in groups.values()
     ]
     return np.asarray(rows, np.float64)
@@ -161,25 +181,34 @@ def logit_clusters(texts: Sequence[Mapping[str, Any]], source: str, measure: str
     """A measure of a cell's texts by cluster: (clusters, temperatures), or (clusters) for
     ln_ppl_ratio and same_top. `rms_delta_p` comes as mean squares."""
     if measure in ("ln_ppl_ratio", "same_top"):
-        return _clusters(texts, source, lambda text: np.float64(text[measure]))
+        return _clusters(texts, source, lambda text: np.asarray(text[measure], np.float64))
     name = "delta_p_squared" if measure == "rms_delta_p" else measure
     return _clusters(texts, source, lambda text: _columns(text)[name])
 
 
-def _row(keys: Mapping[str, Any], measure: str, found: Sequence[Any], clusters: int
-         ) -> dict[str, Any]:
+def _row(
+    keys: Mapping[str, Any], measure: str, found: Sequence[Any], clusters: int
+) -> dict[str, Any]:
     """A row of a long table; mean squares become their root, which keeps the interval right."""
     numbers = [float(number) for number in found]
     if measure.startswith("rms_"):
         numbers = [math.sqrt(number) if number >= 0 else number for number in numbers]
-    return {**keys, "measure": measure, "estimate": numbers[0], "low": numbers[1],
-            "high": numbers[2], "clusters": clusters}
+    return {
+        **keys,
+        "measure": measure,
+        "estimate": numbers[0],
+        "low": numbers[1],
+        "high": numbers[2],
+        "clusters": clusters,
+    }
 
 
 def _logit_tables(
     design: Design, cells: Cells, intervals: Intervals
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    summary, curves, sensitivity = [], [], []
+    summary: list[Any] = []
+    curves: list[Any] = []
+    sensitivity: list[Any] = []
     for model in design.models:
         for arm in design.others:
             texts = cells[model, arm.name]["texts"]
@@ -213,8 +242,9 @@ def _summary_rows(
     intervals: Intervals,
 ) -> Iterator[dict[str, Any]]:
     """Means over the whole grid of temperatures, and the measures that know no temperature."""
-    columns = {name: logit_clusters(texts, keys["source"], name)
-               for name in ("ln_ppl_ratio", "same_top")}
+    columns = {
+        name: logit_clusters(texts, keys["source"], name) for name in ("ln_ppl_ratio", "same_top")
+    }
     columns |= {f"{name}_mean": found[name].mean(axis=1) for name in ("kl", "tv", "disagreement")}
     grid = np.asarray(design.logit_temperatures)
     one = np.flatnonzero(np.abs(grid - 1) < 1e-9)
@@ -247,16 +277,22 @@ def _samples(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
                 ids, other = row["ids"], plain[_place(row)]["ids"]
                 place = first_divergence(other, ids)
                 yield {
-                    "model": model, "arm": arm.name, "temperature": row["temperature"],
-                    "prompt": row["prompt"], "kind": kinds[row["prompt"]], "seed": row["seed"],
-                    "tokens": len(ids), "eos": row["finish"] == "eos",
+                    "model": model,
+                    "arm": arm.name,
+                    "temperature": row["temperature"],
+                    "prompt": row["prompt"],
+                    "kind": kinds[row["prompt"]],
+                    "seed": row["seed"],
+                    "tokens": len(ids),
+                    "eos": row["finish"] == "eos",
                     "equal": place is None,
                     # texts that never part count as if they did after their last token
                     "first_divergence": len(ids) if place is None else place,
                     "nll_reference": _nan(row["nll_reference"]),
                     **{f"rep_{n}": rep_n(ids, n) for n in (1, 2, 3, 4)},
                     "zlib_ratio": zlib_ratio(row["text"]),
-                    "ids": " ".join(map(str, ids)), "text": row["text"],
+                    "ids": " ".join(map(str, ids)),
+                    "text": row["text"],
                 }
 
 
@@ -319,16 +355,24 @@ def _survival(
     for model in design.models:
         for arm in design.others:
             for temperature in design.temperatures:
-                shares = np.stack([
-                    (np.asarray(parted[model, arm.name, temperature, prompt.id])[:, None]
-                     >= positions).mean(axis=0)
-                    for prompt in design.prompts
-                ])
+                shares = np.stack(
+                    [
+                        (
+                            np.asarray(parted[model, arm.name, temperature, prompt.id])[:, None]
+                            >= positions
+                        ).mean(axis=0)
+                        for prompt in design.prompts
+                    ]
+                )
                 means = intervals.mean(shares)
                 keys = {"model": model, "arm": arm.name, "temperature": temperature}
                 for place in positions:
-                    row = _row({**keys, "position": int(place)}, "equal",
-                               [part[place] for part in means], len(shares))
+                    row = _row(
+                        {**keys, "position": int(place)},
+                        "equal",
+                        [part[place] for part in means],
+                        len(shares),
+                    )
                     rows.append(row)
     return rows
 
@@ -338,10 +382,15 @@ def _layers(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
         for arm in design.arms:
             for layer in cells[model, arm.name]["weights"]:
                 yield {
-                    "model": model, "arm": arm.name, "module": layer["module"],
-                    "format": layer["format"], "shape": "x".join(map(str, layer["shape"])),
-                    "bytes": layer["bytes"], "bits_per_weight": layer["bits_per_weight"],
-                    "rmse": _nan(layer["rmse"]), "sqnr_db": _nan(layer["sqnr_db"]),
+                    "model": model,
+                    "arm": arm.name,
+                    "module": layer["module"],
+                    "format": layer["format"],
+                    "shape": "x".join(map(str, layer["shape"])),
+                    "bytes": layer["bytes"],
+                    "bits_per_weight": layer["bits_per_weight"],
+                    "rmse": _nan(layer["rmse"]),
+                    "sqnr_db": _nan(layer["sqnr_db"]),
                 }
 
 
@@ -356,8 +405,12 @@ def _weights(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
             weights = sum(math.prod(layer["shape"]) for layer in swapped)
             held = sum(layer["bytes"] for layer in swapped)
             yield {
-                "model": model, "arm": arm.name, "format": arm.format, "layers": len(swapped),
-                "weights": weights, "bytes": held,
+                "model": model,
+                "arm": arm.name,
+                "format": arm.format,
+                "layers": len(swapped),
+                "weights": weights,
+                "bytes": held,
                 "bits_per_weight": 8 * held / weights if weights else math.nan,
                 "other_layers_bytes": sum(layer["bytes"] for layer in layers) - held,
                 "sqnr_db": _sqnr(swapped),
@@ -388,8 +441,9 @@ def _checks(
     design: Design, cells: Cells, samples: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """For each null arm and measure, the largest absolute difference from the reference."""
-    plain = {(row["model"], *_place(row)): row for row in samples
-             if row["arm"] == design.reference.name}
+    plain = {
+        (row["model"], *_place(row)): row for row in samples if row["arm"] == design.reference.name
+    }
     rows = []
     for model in design.models:
         for arm in design.arms:
@@ -402,8 +456,13 @@ def _checks(
             for name in ("nll_reference", "rep_4", "zlib_ratio", "tokens"):
                 largest[name] = max((_gap(a[name], b[name]) for a, b in pairs), default=math.nan)
             rows += [
-                {"model": model, "arm": arm.name, "measure": name, "largest_difference": value,
-                 "exactly_zero": value == 0}
+                {
+                    "model": model,
+                    "arm": arm.name,
+                    "measure": name,
+                    "largest_difference": value,
+                    "exactly_zero": value == 0,
+                }
                 for name, value in largest.items()
             ]
     return rows
@@ -430,7 +489,9 @@ def _speed_rounds(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
     for model in design.models:
         for row in cells[model, SPEED]["rounds"]:
             yield {
-                "model": model, "arm": row["arm"], "round": row["round"],
+                "model": model,
+                "arm": row["arm"],
+                "round": row["round"],
                 "prefill": speed.prompt_tokens / row["prefill_seconds"],
                 "decode": speed.decode_tokens / row["decode_seconds"],
             }
@@ -448,13 +509,20 @@ def _speed(
             plain = found[design.reference.name]
             for arm, values in found.items():
                 ratio = intervals.median(values / plain)
-                rows.append({
-                    "model": model, "arm": arm, "phase": phase,
-                    "tokens_per_second": float(np.median(values)),
-                    "p10": float(np.quantile(values, 0.1)), "p90": float(np.quantile(values, 0.9)),
-                    "ratio": ratio[0], "low": ratio[1], "high": ratio[2],
-                    "rounds": len(values),
-                })
+                rows.append(
+                    {
+                        "model": model,
+                        "arm": arm,
+                        "phase": phase,
+                        "tokens_per_second": float(np.median(values)),
+                        "p10": float(np.quantile(values, 0.1)),
+                        "p90": float(np.quantile(values, 0.9)),
+                        "ratio": ratio[0],
+                        "low": ratio[1],
+                        "high": ratio[2],
+                        "rounds": len(values),
+                    }
+                )
     return rows
 
 
@@ -463,7 +531,9 @@ def speeds(
 ) -> dict[str, Floats]:
     """Tokens per second of each arm, by round."""
     return {
-        arm.name: np.asarray([row[phase] for row in rounds
-                              if row["model"] == model and row["arm"] == arm.name])
-        for arm in design.arms if arm.role != "null"
+        arm.name: np.asarray(
+            [row[phase] for row in rounds if row["model"] == model and row["arm"] == arm.name]
+        )
+        for arm in design.arms
+        if arm.role != "null"
     }
