@@ -25,7 +25,7 @@ import numpy as np
 from ..checkpoint import Checkpoint
 from ..errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
 from ..strict_json import read_object
-from .cells import SPEED, Task, compute, own_texts
+from .cells import SPEED, OwnText, Task, compute, own_texts
 from .design import MAX_DESIGN_BYTES, Design, differences, resolve
 from .files import (
     DamagedCell,
@@ -235,7 +235,7 @@ class _Work:
 
     def _task(self, key: tuple[str, str]) -> Task:
         model, arm = key
-        own = ()
+        own: tuple[OwnText, ...] = ()
         if arm not in (SPEED, self.design.reference.name):
             own = own_texts(self.design, self.done[model, self.design.reference.name])
         return Task(self.design, model, arm, own)
