@@ -53,7 +53,8 @@ def extension() -> Extension:
     if os.environ.get("QLLM_WERROR") == "1":
         compile_args.append("-Werror")
     if sanitize := os.environ.get("QLLM_SANITIZE"):
-        compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
+        compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1",
+                         "-DQLLM_PLAIN_INLINE"]
         if "undefined" in sanitize:
             compile_args.append("-fno-sanitize-recover=undefined")
         link_args.append(f"-fsanitize={sanitize}")

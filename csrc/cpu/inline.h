@@ -1,9 +1,14 @@
 /* Two words to the compiler that the kernels need: a helper whose constant arguments must reach its
- * loops, and a loop of few, constant turns whose array of sums must become registers. */
+ * loops, and a loop of few, constant turns whose array of sums must become registers.  A build for
+ * sanitizers defines QLLM_PLAIN_INLINE: with checks in every helper, forced inlining takes minutes. */
 #ifndef QLLM_CPU_INLINE_H
 #define QLLM_CPU_INLINE_H
 
+#if defined(QLLM_PLAIN_INLINE)
+#define QLLM_INLINE static inline
+#else
 #define QLLM_INLINE static inline __attribute__((always_inline))
+#endif
 
 #if defined(__clang__)
 #define QLLM_UNROLL _Pragma("clang loop unroll(full)")
