@@ -152,6 +152,17 @@ def test_a_row_has_the_same_bits_whichever_way_it_comes(weights: Weights) -> Non
                 assert np.array_equal(prefill(decoder, ids, chunk=chunk), expected)
 
 
+@pytest.mark.parametrize("make", [llama, falcon, falcon_rw])
+def test_threads_that_share_the_rows_do_not_change_them(make) -> None:
+    """Wide enough that every phase of a layer is split over the threads, not only linear layers."""
+    sizes = {"hidden": 192, "head_dim": 64, "intermediate": 512, "max_positions": 200}
+    weights = Weights(make(**sizes), "nf4", seed=8)
+    ids = tokens(200, seed=8)
+    expected = prefill(weights.decoder(threads=1), ids, chunk=1)
+    for threads in (1, 2):
+        assert np.array_equal(prefill(weights.decoder(threads=threads), ids), expected)
+
+
 def test_a_row_has_the_same_bits_in_a_batch(weights: Weights) -> None:
     """Thirteen sequences of different lengths go on together, in every instruction set."""
     vocab = weights.config["vocab"]

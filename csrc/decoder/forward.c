@@ -13,12 +13,25 @@ typedef struct pass {
     const qllm_weight *part[QLLM_PART_COUNT]; /* of the layer; NULL where the config has none */
     const qllm_weight *final_norm, *final_norm_bias;
     int64_t first_wanted; /* the chunk's first row of logits */
+    int64_t positions;    /* that all rows of the chunk see together */
     activation act;
 } pass;
 
-static void run_rows(pass *p, void (*work)(void *, int64_t, int64_t, int))
+/* Values that one thread works through in about the time that it takes to wake another. */
+enum { SMALL_WORK = 1 << 14 };
+
+/* Runs `work` on [0, n), which touches about `values` values; on this thread alone when small. */
+static void run(pass *p, int64_t n, int64_t values, void (*work)(void *, int64_t, int64_t, int))
 {
-    qllm_threads_run(p->decoder->threads, p->n, work, p);
+    if (values < SMALL_WORK)
+        work(p, 0, n, 0);
+    else
+        qllm_threads_run(p->decoder->threads, n, work, p);
+}
+
+static void run_rows(pass *p, int64_t row_values, void (*work)(void *, int64_t, int64_t, int))
+{
+    run(p, p->n, p->n * row_values, work);
 }
 
 static void linear(const pass *p, const qllm_weight *weight, const float *x, int64_t m,
@@ -189,8 +202,8 @@ static void attention(pass *p)
         linear(p, p->part[QLLM_PART_K], x, p->n, s->hidden_stride, s->qkv + at.k, s->qkv_stride);
         linear(p, p->part[QLLM_PART_V], x, p->n, s->hidden_stride, s->qkv + at.v, s->qkv_stride);
     }
-    run_rows(p, place_rows);
-    qllm_threads_run(d->threads, p->n * d->config.kv_heads, attend_tasks, p);
+    run_rows(p, s->qkv_stride, place_rows);
+    run(p, p->n * d->config.kv_heads, p->positions * s->heads_stride, attend_tasks);
     linear(p, p->part[QLLM_PART_O], s->attended, p->n, s->heads_stride, s->branch,
            s->hidden_stride);
 }
@@ -218,7 +231,7 @@ static void mlp(pass *p, const float *x)
     if (gated)
         linear(p, p->part[QLLM_PART_GATE], x, p->n, s->hidden_stride, s->gate, s->mlp_stride);
     linear(p, p->part[QLLM_PART_UP], x, p->n, s->hidden_stride, s->up, s->mlp_stride);
-    run_rows(p, activate_rows);
+    run_rows(p, s->mlp_stride, activate_rows);
     linear(p, p->part[QLLM_PART_DOWN], gated ? s->gate : s->up, p->n, s->mlp_stride, s->branch2,
            s->hidden_stride);
 }
@@ -260,12 +273,12 @@ static void layer(pass *p, int64_t index)
         int64_t slot = qllm_slot_of_part(&d->config, index, (qllm_part)part);
         p->part[part] = slot < 0 ? NULL : &d->weights.slots[slot];
     }
-    run_rows(p, norm_rows);
+    run_rows(p, d->config.hidden, norm_rows);
     attention(p);
     if (d->config.block == QLLM_BLOCK_SERIAL)
-        run_rows(p, add_attention_rows);
+        run_rows(p, d->config.hidden, add_attention_rows);
     mlp(p, d->config.block == QLLM_BLOCK_PARALLEL2 ? d->scratch.normed2 : d->scratch.normed);
-    run_rows(p, add_mlp_rows);
+    run_rows(p, d->config.hidden, add_mlp_rows);
 }
 
 /* The final norm of wanted rows, moved together. */
@@ -295,7 +308,7 @@ static void head(pass *p, float *logits)
         return;
     p->final_norm = &d->weights.slots[qllm_slot_of_final_norm(c)];
     p->final_norm_bias = bias < 0 ? NULL : &d->weights.slots[bias];
-    run_rows(p, final_norm_rows);
+    run_rows(p, c->hidden, final_norm_rows);
     linear(p, &d->weights.slots[qllm_slot_of_head(c)], s->normed, wanted, s->hidden_stride,
            logits + p->first_wanted * c->vocab, c->vocab);
 }
@@ -304,7 +317,9 @@ void qllm_forward(qllm_decoder *decoder, int64_t n, float *logits)
 {
     const activation acts[] = {decoder->ops->silu, decoder->ops->gelu, decoder->ops->gelu_tanh};
     pass p = {.decoder = decoder, .n = n, .act = acts[decoder->config.activation]};
-    run_rows(&p, embed_rows);
+    for (int64_t r = 0; r < n; r++)
+        p.positions += decoder->scratch.row[r].position + 1;
+    run_rows(&p, decoder->config.hidden, embed_rows);
     for (int64_t i = 0; i < decoder->config.layers; i++)
         layer(&p, i);
     head(&p, logits);
