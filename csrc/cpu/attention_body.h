@@ -14,16 +14,16 @@ QLLM_INLINE void dot_panels(const int chains, const float *q, const float *k, in
                             float *out)
 {
     lanes sum[ATTENTION_CHAINS];
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int c = 0; c < chains; c++)
         sum[c] = lanes_zero();
     for (int64_t d = 0; d < head_dim; d++) {
         lanes value = lanes_set1(q[d]);
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int c = 0; c < chains; c++)
             sum[c] = lanes_fma(value, lanes_load(k + (c * head_dim + d) * QLLM_KV_PANEL), sum[c]);
     }
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int c = 0; c < chains; c++)
         lanes_store(out + c * QLLM_KV_PANEL, sum[c]);
 }
@@ -81,7 +81,7 @@ QLLM_INLINE void sum_values(const int chains, const qllm_attention *args, const 
 {
     lanes sum[ATTENTION_CHAINS];
     int64_t start = 0, width = width_at(d, args->head_dim);
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int c = 0; c < chains; c++)
         sum[c] = lanes_zero();
     for (int64_t s = 0; s < args->n_spans && start < args->end; s++) {
@@ -92,14 +92,14 @@ QLLM_INLINE void sum_values(const int chains, const qllm_attention *args, const 
         for (int64_t j = from; j < to; j++) {
             const float *v = span->v + j * args->head_dim + d;
             lanes weight = lanes_set1(weights[j]);
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int c = 0; c < chains; c++)
                 sum[c] = lanes_fma(weight, chains > 1 ? lanes_load(v + 16 * c)
                                                       : lanes_load_n(v, width), sum[c]);
         }
         start += span->count;
     }
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int c = 0; c < chains; c++)
         lanes_store_n(out + d + 16 * c, lanes_mul(sum[c], lanes_set1(scale)),
                       chains > 1 ? 16 : width);

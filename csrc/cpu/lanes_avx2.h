@@ -10,6 +10,7 @@
 #include "cpu/inline.h"
 
 #define LANES_ISA "avx2"
+#define LANES_UNROLL QLLM_UNROLL
 enum {
     LANES_FUSED_ROWS = 2,
     LANES_FUSED_CHAINS = 1,

@@ -10,6 +10,7 @@
 #include "cpu/inline.h"
 
 #define LANES_ISA "avx512"
+#define LANES_UNROLL QLLM_UNROLL
 enum {
     LANES_FUSED_ROWS = 4,
     LANES_FUSED_CHAINS = 2,

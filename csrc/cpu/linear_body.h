@@ -89,7 +89,7 @@ static void stream_read_unit(tile_stream *s, int64_t u)
     /* seldom does a row of the unit pass into the next 256 blocks */
     bool steady = ilanes_max_all(inside) <= QLLM_NESTED_BLOCKSIZE - QLLM_UNIT_BLOCKS;
     lanes second = lanes_gather(s->nested, ilanes_shift_right(index, 8));
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int b = 0; b < QLLM_UNIT_BLOCKS; b++) {
         if (!steady && u * QLLM_UNIT_BLOCKS + b < p->row_blocks)
             second = lanes_gather(s->nested,
@@ -128,7 +128,7 @@ QLLM_INLINE void read_unit_if_first(bool nested, tile_stream *s, int64_t g)
 
 QLLM_INLINE void prefetch_step(qllm_layout kind, const uint8_t *at)
 {
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int64_t line = 0; line < step_bytes(kind); line += QLLM_LINE)
         __builtin_prefetch(at + QLLM_PREFETCH_BYTES + line);
 }
@@ -140,33 +140,33 @@ QLLM_INLINE void add_groups(qllm_layout kind, bool nested, const int rows, const
 {
     lanes p[CHAINS_MAX][FUSED_ROWS_MAX];
     const uint8_t *at[CHAINS_MAX];
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int c = 0; c < chains; c++) {
         at[c] = group_at(kind, nested, s, g + c);
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int m = 0; m < rows; m++)
             p[c][m] = lanes_zero();
     }
     for (int step = 0; step < GROUP_STEPS; step++) {
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int c = 0; c < chains; c++)
             prefetch_step(kind, at[c] + step * step_bytes(kind));
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int j = 0; j < QLLM_STEP; j++) {
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int c = 0; c < chains; c++) {
                 int64_t k = (g + c) * QLLM_GROUP + step * QLLM_STEP + j;
                 lanes w = weight_at(kind, at[c] + step * step_bytes(kind), j, table);
-                QLLM_UNROLL
+                LANES_UNROLL
                 for (int m = 0; m < rows; m++)
                     p[c][m] = lanes_fma(w, lanes_set1(x[m][k]), p[c][m]);
             }
         }
     }
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int c = 0; c < chains; c++) {
         lanes scale = scale_at(kind, nested, s, g + c);
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int m = 0; m < rows; m++)
             y[m] = lanes_fma(scale, p[c][m], y[m]);
     }
@@ -203,7 +203,7 @@ QLLM_INLINE void fused_tile(qllm_layout kind, bool nested, const int rows,
     const float *x[FUSED_ROWS_MAX];
     stream_open(&s, packed, tile);
     lanes_table table = lanes_table_load(packed->code);
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int m = 0; m < rows; m++) {
         x[m] = in->x + (row + m) * in->stride;
         y[m] = lanes_zero();
@@ -281,7 +281,7 @@ QLLM_INLINE void decode_tile(qllm_layout kind, bool nested, const qllm_packed *p
         for (int64_t k = 0; k < n; k += QLLM_STEP) {
             const uint8_t *at = group_at(kind, nested, &s, (first + k) / QLLM_GROUP) +
                                 (first + k) % QLLM_GROUP / QLLM_STEP * step_bytes(kind);
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int j = 0; j < QLLM_STEP; j++)
                 lanes_store(b->decoded[t][k + j], weight_at(kind, at, j, table));
         }
@@ -309,28 +309,28 @@ QLLM_INLINE void multiply(const int rows, const int tiles, const block *b, int64
     for (int64_t g = 0; g * QLLM_GROUP < n; g++) {
         lanes p[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
         int64_t end = n - g * QLLM_GROUP < QLLM_GROUP ? n : (g + 1) * QLLM_GROUP;
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int r = 0; r < rows; r++)
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int t = 0; t < tiles; t++)
                 p[r][t] = lanes_zero();
         for (int64_t k = g * QLLM_GROUP; k < end; k++) {
             lanes w[LANES_BLOCK_TILES];
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int t = 0; t < tiles; t++)
                 w[t] = lanes_load(b->w[t] + k * 16);
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int r = 0; r < rows; r++) {
                 lanes value = lanes_set1(x[r * stride + k]);
-                QLLM_UNROLL
+                LANES_UNROLL
                 for (int t = 0; t < tiles; t++)
                     p[r][t] = lanes_fma(w[t], value, p[r][t]);
             }
         }
         bool last = end == n;
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int r = 0; r < rows; r++)
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int t = 0; t < tiles; t++) {
                 float *y = out->y + r * out->stride + 16 * t;
                 lanes sum = lanes_zero();

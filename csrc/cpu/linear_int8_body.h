@@ -46,27 +46,27 @@ QLLM_INLINE void int8_block(const int rows, const int tiles, const qllm_packed *
     const uint8_t *base = qllm_packed_tile(packed, tile);
     int64_t padded = (packed->cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
     const int8_t *q = in->q + row * padded;
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int r = 0; r < rows; r++)
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int t = 0; t < tiles; t++)
             sum[r][t] = ilanes_dot_start(packed->row_sums + (tile + t) * QLLM_TILE_ROWS);
     for (int64_t k = 0; k < padded; k += 4) {
         ilanes w[LANES_BLOCK_TILES];
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int t = 0; t < tiles; t++)
             w[t] = ilanes_load(base + t * packed->tile_bytes + k / 4 * QLLM_LINE);
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int r = 0; r < rows; r++) {
             ilanes_word x = ilanes_dot_word(four_codes(q + r * padded + k));
-            QLLM_UNROLL
+            LANES_UNROLL
             for (int t = 0; t < tiles; t++)
                 sum[r][t] = ilanes_dot(sum[r][t], w[t], x);
         }
     }
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int r = 0; r < rows; r++)
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int t = 0; t < tiles; t++)
             finish_int8(packed, bias, in, tile + t, row + r, sum[r][t], y, y_stride);
 }
@@ -80,11 +80,11 @@ QLLM_INLINE void int8_single(const qllm_packed *packed, const float *bias, const
     int64_t padded = (packed->cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
     const int8_t *q = in->q + row * padded;
     sum[0] = ilanes_dot_start(packed->row_sums + tile * QLLM_TILE_ROWS);
-    QLLM_UNROLL
+    LANES_UNROLL
     for (int c = 1; c < INT8_CHAINS; c++)
         sum[c] = ilanes_set1(0);
     for (int64_t k = 0; k < padded; k += 4 * INT8_CHAINS) {
-        QLLM_UNROLL
+        LANES_UNROLL
         for (int c = 0; c < INT8_CHAINS; c++) {
             const uint8_t *line = base + (k / 4 + c) * QLLM_LINE;
             __builtin_prefetch(line + QLLM_PREFETCH_BYTES);
