@@ -98,9 +98,9 @@ def test_logits_are_the_same_bits_everywhere(
             ways = {
                 "prefill": model.logits(ids),
                 "chunks": by_chunks(decoder, ids, [1, 2, 13, 16, 5]),
-                "last of a batch of 13": in_a_batch(decoder, ids[:20], 12, 13),
-                "first of a batch of 13": in_a_batch(decoder, ids[:20], 0, 13),
-                "a batch of 5": in_a_batch(decoder, ids[:10], 3, 5),
+                "last of a batch of 13": in_a_batch(decoder, ids[:9], 12, 13),
+                "first of a batch of 13": in_a_batch(decoder, ids[:9], 0, 13),
+                "a batch of 5": in_a_batch(decoder, ids[:6], 3, 5),
             }
             for way, logits in ways.items():
                 assert np.array_equal(logits, expected[: len(logits)]), (way, isa, threads)
@@ -113,13 +113,15 @@ def test_the_built_in_models_too(name: str) -> None:
     for format in FORMATS:
         expected: np.ndarray | None = None
         for isa in reversed(ISAS):
-            model = qllm.Model.from_pretrained(name, format, isa=isa)
+            model = qllm.Model.from_pretrained(name, format, isa=isa, threads=1)
             ids = model.encode(text)
             if expected is None:
                 expected = by_decode(model.decoder, ids)
-            ids = ids[:6] if isa == "scalar" else ids  # the slow one
+            count = 3 if isa == "scalar" else 6  # the slow one
+            ids = ids[:count] if isa == "scalar" else ids
             assert np.array_equal(model.logits(ids), expected[: len(ids)]), (format, isa)
-            assert np.array_equal(in_a_batch(model.decoder, ids[:6], 4, 13), expected[:6])
+            batched = in_a_batch(model.decoder, ids[:count], 4, 13)
+            assert np.array_equal(batched, expected[:count]), (format, isa)
 
 
 def test_outliers_of_int8_are_those_of_a_row(folders: dict[str, Path]) -> None:
