@@ -10,7 +10,9 @@ tokenizer_config.json. Needs torch, transformers and tokenizers (pip install "ql
 A text is cut into stories, the last ones are held out, and training keeps the weights that do best
 on them. The held-out stories take no part in the training, the tokenizer included. The text is
 small for a model of this size, so over-fitting is what the settings work against: dropout, weight
-decay, a running average of the weights, and (option) varied tokenization. Numbers are the same in
+decay, a running average of the weights, and (option) varied tokenization. The first steps see short
+pieces, which is faster; the held-out loss is always that of full pieces, so it drops when the
+pieces become full: a model does not know positions that it has not seen. Numbers are the same in
 every run on one kind of machine: seeds are fixed and one thread computes.
 """
 
@@ -146,16 +148,22 @@ def build_tokenizer(stories: list[str], family: str, vocab: int) -> Tokenizer:
 
 
 def read_corpus(arguments: argparse.Namespace) -> Corpus:
-    """Reads, splits and makes the tokenizer."""
+    """Reads, splits, and makes the tokenizer or takes that of the folder to start from."""
     train, held_out = split(read_stories(arguments.text), arguments.held_out)
-    tokenizer = build_tokenizer(train, arguments.family, arguments.vocab)
+    if arguments.start:
+        tokenizer = Tokenizer.from_file(str(arguments.start / "tokenizer.json"))
+    else:
+        tokenizer = build_tokenizer(train, arguments.family, arguments.vocab)
     bos, eos = (tokenizer.token_to_id(token) for token in ENDS[arguments.family])
     return Corpus(train, held_out, tokenizer, bos, eos)
 
 
 def build_model(arguments: argparse.Namespace, corpus: Corpus) -> nn.Module:
-    """An untrained model: a Llama with grouped heads and an output matrix of its own, or a Falcon
-    as Falcon-7B is: one key/value head, parallel block, output matrix tied to the embedding."""
+    """The model of the folder to start from, or an untrained one: a Llama with grouped heads and
+    an output matrix of its own, or a Falcon as Falcon-7B is: one key/value head, parallel block,
+    output matrix tied to the embedding."""
+    if arguments.start:
+        return AutoModelForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).train()
     common = dict(
         vocab_size=arguments.vocab,
         hidden_size=arguments.hidden,
@@ -322,7 +330,8 @@ def train(arguments: argparse.Namespace, corpus: Corpus, model: nn.Module) -> No
         losses.append(train_step(model, optimizer, batch))
         tokens += batch[:, 1:].numel()
         update_average(average, model, min(arguments.average, 1 - 1 / (step + 1)))
-        if step % arguments.every and step != arguments.steps:
+        last = step == (arguments.until or arguments.steps)
+        if step % arguments.every and not last:
             continue
         nats, count = held_out_nats(average, held_out)
         print(
@@ -334,6 +343,8 @@ def train(arguments: argparse.Namespace, corpus: Corpus, model: nn.Module) -> No
         if nats < lowest:
             lowest = nats
             save(average, corpus, arguments)
+        if last:
+            return
 
 
 def bytewise(nats: float, corpus: Corpus) -> str:
@@ -406,6 +417,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("text", type=Path, nargs="+", help="UTF-8 text files")
     parser.add_argument("--family", choices=sorted(ENDS), required=True, help="kind of model")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, made if need be")
+    parser.add_argument(
+        "--start", type=Path, help="folder of this script to go on from; its sizes are kept"
+    )
     number("--vocab", 1024, "tokens in the vocabulary, at least 258")
     number("--hidden", 192, "width of the model")
     number("--layers", 4, "blocks")
@@ -414,12 +428,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     number("--kv-heads", 2, "key/value heads of a llama; a falcon has one")
     number("--context", 512, "tokens the model is made for")
     number("--piece", 128, "tokens in a piece of text at first, for speed")
-    number("--short", 0.75, "share of the steps with pieces of that length")
+    number("--short", 0.5, "share of the steps with pieces of that length")
     number("--batch", 2048, "tokens in a step")
-    number("--steps", 3600, "training steps")
+    number("--steps", 2400, "training steps")
+    number("--until", 0, "step to stop at before the learning rate has fallen; 0: the last one")
     number("--lr", 3e-3, "highest learning rate")
-    number("--dropout", 0.1, "dropout on the embedding and the residual branches")
-    number("--weight-decay", 0.2, "decay of AdamW, on matrices")
+    number("--dropout", 0.15, "dropout on the embedding and the residual branches")
+    number("--weight-decay", 0.3, "decay of AdamW, on matrices")
     number("--average", 0.995, "share that the running average of the weights keeps in a step")
     number("--bpe-dropout", 0.0, "share of the tokenizer's merges left out in every second pass")
     number("--held-out", 0.08, "fraction of the text that is held out, whole last stories")

@@ -177,7 +177,8 @@ def test_script_writes_a_folder_that_opens(
     text.write_text("\n\n".join([STORY] * 3), encoding="utf-8")
     size = "--vocab 272 --hidden 64 --intermediate 64 --layers 1 --heads 2 --kv-heads 1"
     run = "--context 32 --piece 16 --batch 64 --steps 4 --every 2 --held-out 0.3 --bpe-dropout 0.1"
-    train_demo.main([str(text), "--family", name, "--out", str(out), *size.split(), *run.split()])
+    words = [str(text), "--family", name, "--out", str(out), *size.split(), *run.split()]
+    train_demo.main(words)
     assert "saved in bf16" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == FILES
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -224,3 +225,21 @@ def test_script_says_when_the_text_is_too_short(train_demo: ModuleType, tmp_path
     with pytest.raises(SystemExit, match="fewer than two stories"):
         train_demo.main([str(text), "--family", "llama", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_script_goes_on_from_a_folder(
+    train_demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, first, second = tmp_path / "text.txt", tmp_path / "first", tmp_path / "second"
+    text.write_text("\n\n".join([STORY] * 3), encoding="utf-8")
+    words = f"{text} --family falcon --context 32 --piece 16 --batch 64 --every 1 --held-out 0.3"
+    size = "--vocab 272 --hidden 64 --layers 1 --heads 2"
+    train_demo.main([*words.split(), *size.split(), "--out", str(first), "--until", "2"])
+    steps = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1] == " "]
+    assert steps == ["step", "1", "2"]
+    more = ["--start", str(first), "--out", str(second), "--steps", "1", "--lr", "1e-9"]
+    train_demo.main([*words.split(), *more])
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (first, second))
+    for old, new in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(old, new)
