@@ -71,7 +71,7 @@ def test_names_are_those_of_checkpoint() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, qllm.demo; print(*{'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    code = "import sys, qllm.demo; print(*{'torch', 'transformers'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -237,7 +237,7 @@ def test_script_goes_on_from_a_folder(
     train_demo.main([*words.split(), *size.split(), "--out", str(first), "--until", "2"])
     steps = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1] == " "]
     assert steps == ["step", "1", "2"]
-    more = ["--start", str(first), "--out", str(second), "--steps", "1", "--lr", "1e-9"]
+    more = ["--start", str(first), "--out", str(second), "--steps", "1", "--lr", "0"]
     train_demo.main([*words.split(), *more])
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (first, second))
