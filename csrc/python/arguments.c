@@ -103,7 +103,8 @@ int qllm_to_int64(const qllm_state *state, PyObject *object, const char *name, i
     return overflow ? -1 : 0;
 }
 
-int qllm_parse_rows(const qllm_state *state, PyObject *object, const char *name, qllm_rows *out)
+int qllm_parse_rows(const qllm_state *state, PyObject *object, const char *name,
+                    qllm_logit_rows *out)
 {
     out->array = qllm_array_input(state, object, QLLM_ARRAY_F32, 1, 2, name);
     if (out->array == NULL)
@@ -133,7 +134,7 @@ PyObject *qllm_item_of(const qllm_state *state, PyObject *object, int64_t row, i
 }
 
 /* Says in which row of a batch the error lies. */
-static PyObject *raise_row(const qllm_state *state, const qllm_rows *logits, int64_t row,
+static PyObject *raise_row(const qllm_state *state, const qllm_logit_rows *logits, int64_t row,
                            const qllm_error *error)
 {
     qllm_error named;
@@ -143,7 +144,7 @@ static PyObject *raise_row(const qllm_state *state, const qllm_rows *logits, int
     return qllm_raise(state, &named);
 }
 
-int qllm_each_row(const qllm_state *state, const qllm_rows *logits, int64_t work_per_row,
+int qllm_each_row(const qllm_state *state, const qllm_logit_rows *logits, int64_t work_per_row,
                   qllm_row_function function, void *context)
 {
     int64_t chunk = WORK_BETWEEN_SIGNALS / (work_per_row > 0 ? work_per_row : 1) + 1;
@@ -178,8 +179,8 @@ PyObject *qllm_row_result(PyObject *array, int single)
     return item;
 }
 
-PyObject *qllm_parse_tokens(const qllm_state *state, PyObject *object, const qllm_rows *logits,
-                            const char *name)
+PyObject *qllm_parse_tokens(const qllm_state *state, PyObject *object,
+                            const qllm_logit_rows *logits, const char *name)
 {
     PyObject *array;
     if (qllm_sequence_length(object) < 0 && logits->single) {

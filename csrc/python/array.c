@@ -56,8 +56,8 @@ static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int seque
         if (array == NULL || PyArray_Check(array))
             return array;
         Py_DECREF(array);
-        return qllm_raise_value(state, "%s: __array__ of %s gave no NumPy array; pass a NumPy array",
-                                name, Py_TYPE(object)->tp_name);
+        return qllm_raise_value(state, "%s: __array__ of %s gave no NumPy array; pass one", name,
+                                Py_TYPE(object)->tp_name);
     }
     if (PyObject_CheckBuffer(object)) {
         PyObject *view = PyMemoryView_FromObject(object);

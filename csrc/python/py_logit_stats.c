@@ -14,7 +14,7 @@ static const char *const STATS[N_STATS] = {"kl", "kl_reverse", "tv", "disagreeme
                                            "entropy_ref", "entropy_test", "max_ref", "delta_p"};
 
 typedef struct stats_context {
-    qllm_rows ref, test;
+    qllm_logit_rows ref, test;
     double *temperatures; /* (n_temperatures), owned */
     int64_t n_temperatures;
     const int64_t *targets; /* (n), or NULL */
@@ -68,7 +68,7 @@ static int parse_pair(const qllm_state *state, PyObject *ref, PyObject *test, st
     if (qllm_parse_rows(state, ref, "ref", &c->ref) < 0 ||
         qllm_parse_rows(state, test, "test", &c->test) < 0)
         return -1;
-    const qllm_rows *a = &c->ref, *b = &c->test;
+    const qllm_logit_rows *a = &c->ref, *b = &c->test;
     if (a->single == b->single && a->n == b->n && a->vocab == b->vocab)
         return 0;
     qllm_raise_value(state, "test: expected the shape of ref, %lld rows of %lld tokens in %d "

@@ -8,12 +8,12 @@
 #include "python/state.h"
 
 /* The weight inside a QuantizedTensor, valid as long as `object` is; NULL with an exception set
- * when it is something else.  May be called with any object, with the GIL held; the weight itself may be
- * read without it. */
+ * when it is something else.  May be called with any object, with the GIL held; the weight itself
+ * may be read without it. */
 const qllm_qweight *qllm_quantized_tensor_weight(const qllm_state *state, PyObject *object);
 
-/* Where the packed form for the CPU kernels is kept once it was made: NULL until then, freed with the
- * object.  `object` is a QuantizedTensor; the GIL is held. */
+/* Where the packed form for the CPU kernels is kept once it was made: NULL until then, freed with
+ * the object.  `object` is a QuantizedTensor; the GIL is held. */
 qllm_packed **qllm_quantized_tensor_packed(PyObject *object);
 
 /* A new QuantizedTensor that takes over *weight, which is empty afterwards, also on failure (NULL

@@ -9,7 +9,7 @@
 
 /* What qllm_sample needs for each row; `histories` keeps the token arrays alive. */
 typedef struct batch {
-    qllm_rows logits;
+    qllm_logit_rows logits;
     qllm_sampling *sampling; /* (n) */
     uint32_t *steps;         /* (n) */
     const int64_t **history; /* (n) */
@@ -190,7 +190,7 @@ static PyObject *py_sample(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     if (batch_parse(state, logits, p, &c.batch) < 0)
         goto out;
-    const qllm_rows *r = &c.batch.logits;
+    const qllm_logit_rows *r = &c.batch.logits;
     arrays[0] = qllm_array_new(QLLM_ARRAY_I64, 1, &r->n, (void **)&c.tokens);
     arrays[1] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.logprobs);
     arrays[2] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.sampling_logprobs);
@@ -220,7 +220,7 @@ static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwa
                                      &p[HISTORY]))
         return NULL;
     if (batch_parse(state, logits, p, &c.batch) == 0) {
-        const qllm_rows *r = &c.batch.logits;
+        const qllm_logit_rows *r = &c.batch.logits;
         const int64_t shape[2] = {r->n, r->vocab};
         result = qllm_array_new(QLLM_ARRAY_F32, 2 - r->single, shape + r->single,
                                 (void **)&c.probabilities);
@@ -234,7 +234,7 @@ static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwa
 /* ------------------------------------------------------------------------------------- logprobs */
 
 typedef struct logprob_context {
-    qllm_rows logits;
+    qllm_logit_rows logits;
     const int64_t *tokens;
     double *out;
 } logprob_context;
