@@ -208,4 +208,4 @@ def _study(commands: Any) -> None:
     parser.add_argument("--fresh", action="store_true",
                         help="begin anew where the folder holds a study")
     parser.add_argument("--threads", type=whole(1), metavar="N",
-                        help="threads of the C core (default: one per core)")
+                        help="threads of the C core (default: those of the profile)")

@@ -182,9 +182,10 @@ def divergence(study: Study) -> str:
         worst = ranked[-1][0]
         top = _peak(study, model, worst)
         inside = low - 1e-9 <= top["estimate"] <= high + 1e-9
+        edge = " (the lowest measured)" if top["estimate"] == min(design.logit_temperatures) else ""
         parts.append(
             f"In {label(model)}, {worst} is the furthest: its 1 \u2212 agreement peaks at"
-            f" temperature {number(top['estimate'])} {interval(top)},"
+            f" temperature {number(top['estimate'])} {interval(top)}{edge},"
             f" {'inside' if inside else 'outside'} the band."
         )
         greater = [

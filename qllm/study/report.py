@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import captions
 from .captions import interval, number, one, rows
-from .claims import CLAIMS, SPEED_CLAIMS, verdicts
+from .claims import CLAIMS, SPEED_CLAIMS, overall, verdicts
 from .files import write_text
 from .measures import divergent_word
 from .plots import label, survival_temperatures, write_plots
@@ -141,12 +141,16 @@ def _evidence(part: DataFrame) -> str:
         return "; ".join(note.removeprefix("for ").replace(" together", "") for note in notes)
     if first["claim"] in SPEED_CLAIMS:
         part = part[part["endpoint"].str.contains("decode")]
-    found = [
-        f"{row['comparison']} {number(row['estimate'])} {interval(row)}".rstrip()
-        for _, row in part.iterrows()
-        if row["endpoint"] == part.iloc[0]["endpoint"]
-    ]
-    return f"{part.iloc[0]['endpoint']}: {'; '.join(found)}"
+    endpoints = []
+    for endpoint, group in part.groupby("endpoint", sort=False):
+        numbers = "; ".join(
+            f"{row['comparison']} {number(row['estimate'])} {interval(row)}".rstrip()
+            for _, row in group.iterrows()
+        )
+        endpoints.append((endpoint, overall(list(group["verdict"])), numbers))
+    if len(endpoints) == 1:
+        return f"{endpoints[0][0]}: {endpoints[0][2]}"
+    return ". ".join(f"{name} {verdict}: {numbers}" for name, verdict, numbers in endpoints)
 
 
 def _null_line(study: Study) -> str:
@@ -156,12 +160,12 @@ def _null_line(study: Study) -> str:
 
 
 def _figure(study: Study, name: str, vector: bytes) -> str:
-    caption = captions.CAPTIONS[name](study)
+    caption = escape(captions.CAPTIONS[name](study))
     data = base64.b64encode(vector).decode()
     return (
-        f"<h2>{escape(HEADINGS[name])}</h2><figure>"
-        f'<img alt="{escape(caption, quote=True)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<h2>{escape(HEADINGS[name])}</h2><figure><div class="scroll">'
+        f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -200,20 +204,24 @@ def _texts_of(study: Study, prompt: str, shown: DataFrame) -> str:
 
 
 def _marked(plain: Any, row: Any) -> str:
-    """A text with the first word marked that is not the reference's."""
-    text = row["text"]
+    """A text, on one line, with the first word marked that is not the reference's."""
+    text = _one_line(row["text"])
     if row["arm"] == plain["arm"]:
         return escape(text)
     if row["equal"]:
         return f'<span class="same">{escape(text)}</span> <span class="small">(equal)</span>'
-    start = divergent_word(plain["text"], text)
+    start = divergent_word(_one_line(plain["text"]), text)
     stop = start
     while stop < len(text) and (stop == start or not text[stop].isspace()):
         stop += 1
     word = escape(text[start:stop]) or "(ends)"
-    return (
-        f'<span class="same">{escape(text[:start])}</span><mark>{word}</mark>{escape(text[stop:])}'
-    )
+    before, after = escape(text[:start]), escape(text[stop:])
+    return f'<span class="same">{before}</span><mark>{word}</mark>{after}'
+
+
+def _one_line(text: str) -> str:
+    """`text` with a sign for every line break."""
+    return text.strip(" ").replace("\n", " \u21b5 ")
 
 
 def html_table(caption: str, head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
