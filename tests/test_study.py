@@ -16,8 +16,10 @@ import pytest
 from small_studies import SMALL, TINY
 
 from qllm.errors import QllmFileError, QllmValueError
-from qllm.study import Design, Study, load, run
+from qllm.study import Arm, Design, Study, Text, load, run
+from qllm.study.prompts import PASSAGES
 from qllm.study.report import escape, report_html
+from qllm.study.statistics import Intervals
 from qllm.study.tables import TABLES
 
 
@@ -196,6 +198,17 @@ def test_own_samples_and_passages_are_both_read(study):
     assert set(own["text"]) == {prompt.id for prompt in SMALL.prompts}
     assert set(own["seed"]) == {1, 2} and (own["tokens"] <= 8).all()
     assert set(texts.query("source == 'held'")["text"]) == {text.id for text in SMALL.texts}
+
+
+def test_a_positive_control_is_seen(tmp_path, no_pictures):
+    """Blocks of 4096 are deliberately bad: the study must find so, text by text."""
+    arms = ("bf16", "fp4", Arm("coarse", "fp4", blocksize=4096))
+    design = replace(TINY, arms=arms, texts=tuple(Text(*passage) for passage in PASSAGES))
+    found = run(design, out=tmp_path / "out").tables["texts"].query("temperature == 1")
+    for measure in ("kl", "tv", "disagreement"):
+        sides = found.pivot_table(index=["source", "text"], columns="arm", values=measure)
+        _, low, _ = Intervals().mean((sides["coarse"] - sides["fp4"]).to_numpy())
+        assert low > 0
 
 
 def test_top_k_reaches_the_sampler(tmp_path, no_pictures):
