@@ -1,6 +1,6 @@
 """The C core. Arrays come in as NumPy arrays, or as objects with `__array__` or a buffer."""
 
-from typing import Any, Literal, TypedDict, final
+from typing import Any, Literal, TypedDict, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,9 @@ class QuantizedTensor:
     @property
     def bits_per_weight(self) -> float: ...
     def dequantize(self) -> NDArray[np.float32]: ...
-    def error(self, source: Any, dtype: str | None = None, name: str = "source") -> dict[str, float]:
+    def error(
+        self, source: Any, dtype: str | None = None, name: str = "source"
+    ) -> dict[str, float]:
         """mean_abs, max_abs, rmse, sqnr_db against the unquantized array of the same shape."""
     def matmul(
         self,
@@ -55,8 +57,8 @@ class QuantizedTensor:
         int8_threshold: float = 6.0,
         int8_outliers: str = "row",
     ) -> NDArray[np.float32]:
-        """y = x W^T + bias by the CPU kernels: the bits of matmul_reference; see `linear`. The first
-        call packs the weight and keeps that form beside the standard one."""
+        """y = x W^T + bias by the CPU kernels: the bits of matmul_reference; see `linear`. The
+        first call packs the weight and keeps that form beside the standard one."""
     def matmul_reference(
         self,
         x: Any,
@@ -143,6 +145,7 @@ def gumbel(seed: Any, prompt: Any, step: Any, tokens: Any) -> Any:
 def philox(counter: Any, key: Any) -> tuple[int, int, int, int]:
     """Philox4x32-10."""
 
+@type_check_only
 class CpuInfo(TypedDict):
     model: str
     features: list[str]
@@ -196,8 +199,8 @@ class Decoder:
         int8_outliers: Literal["row", "batch"] = "row",
     ) -> Decoder:
         """config: the fields of csrc/decoder/config.h, enums as strings ("serial", "parallel",
-        "parallel2"; "rms", "layer"; "silu", "gelu", "gelu_tanh"; "rope", "alibi"), arrays as float32
-        or integer arrays. isa None: QLLM_CPU from the environment, else the best."""
+        "parallel2"; "rms", "layer"; "silu", "gelu", "gelu_tanh"; "rope", "alibi"), arrays as
+        float32 or integer arrays. isa None: QLLM_CPU from the environment, else the best."""
     def slots(self) -> dict[str, tuple[int, ...]]: ...
     def missing(self) -> list[str]: ...
     def set_linear(self, slot: str, weight: QuantizedTensor, bias: Any = None) -> None:

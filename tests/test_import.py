@@ -14,6 +14,7 @@ import pytest
 import qllm
 from qllm import _core
 
+ROOT = Path(__file__).resolve().parent.parent
 STUB = Path(qllm.__file__).parent / "_core.pyi"
 
 
@@ -90,3 +91,13 @@ def test_the_stubs_name_what_the_core_offers() -> None:
     offered = {name for name in vars(_core) if not name.startswith("_")}
     assert stub_names() == offered
     assert [name for name in offered if not getattr(_core, name).__doc__] == []
+
+
+def test_the_stubs_have_the_signatures_of_the_core(tmp_path: Path) -> None:
+    """mypy's stubtest, on the core alone."""
+    config = tmp_path / "mypy.ini"
+    config.write_text("[mypy]\nfollow_imports = skip\nignore_missing_imports = True\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "--concise", "--mypy-config-file", str(config),
+         "qllm._core"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr

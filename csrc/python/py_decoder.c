@@ -425,33 +425,42 @@ static PyObject *decoder_info(PyObject *object, PyObject *unused)
 
 static PyMethodDef decoder_methods[] = {
     {"slots", decoder_slots, METH_NOARGS,
-     "slots()\n--\n\nEvery slot this config needs and its shape, in a stable order; those of "
+     "slots($self, /)\n--\n\n"
+     "Every slot this config needs and its shape, in a stable order; those of "
      "linear layers and of the\nembedding are (rows, cols)."},
     {"missing", decoder_missing, METH_NOARGS,
-     "missing()\n--\n\nThe slots that are needed and not set; step raises while there are any."},
+     "missing($self, /)\n--\n\n"
+     "The slots that are needed and not set; step raises while there are any."},
     {"set_linear", (PyCFunction)(void (*)(void))decoder_set_linear, METH_VARARGS | METH_KEYWORDS,
-     "set_linear(slot, weight, bias=None)\n--\n\nPacks a QuantizedTensor (rows, cols) of any "
+     "set_linear($self, slot, weight, bias=None)\n--\n\n"
+     "Packs a QuantizedTensor (rows, cols) of any "
      "format and a bias, float32 (rows,), into a linear\nslot; what was there is kept on failure."},
     {"set_vector", (PyCFunction)(void (*)(void))decoder_set_vector, METH_VARARGS | METH_KEYWORDS,
-     "set_vector(slot, values)\n--\n\nSets the weight or bias of a norm, float32 (n,)."},
+     "set_vector($self, slot, values)\n--\n\n"
+     "Sets the weight or bias of a norm, float32 (n,)."},
     {"set_embedding", decoder_set_embedding, METH_O,
-     "set_embedding(weight, /)\n--\n\nSets the input embedding: a QuantizedTensor (vocab, hidden) "
+     "set_embedding($self, weight, /)\n--\n\n"
+     "Sets the input embedding: a QuantizedTensor (vocab, hidden) "
      "of a float format."},
     {"linear", decoder_linear, METH_O,
-     "linear(slot, /)\n--\n\nThe weight of a linear slot or of the embedding as a QuantizedTensor: "
+     "linear($self, slot, /)\n--\n\n"
+     "The weight of a linear slot or of the embedding as a QuantizedTensor: "
      "the bytes that were set."},
-    {"sequence", decoder_sequence, METH_NOARGS, "sequence()\n--\n\nA new, empty Sequence."},
+    {"sequence", decoder_sequence, METH_NOARGS, "sequence($self, /)\n--\n\n"
+     "A new, empty Sequence."},
     {"step", (PyCFunction)(void (*)(void))decoder_step, METH_VARARGS | METH_KEYWORDS,
-     "step(sequences, tokens, want=None)\n--\n\nLogits, float32 (wanted rows, vocab), of one row "
+     "step($self, sequences, tokens, want=None)\n--\n\n"
+     "Logits, float32 (wanted rows, vocab), of one row "
      "per (sequences[i], tokens[i]): the rows of a\nsequence are consecutive and are its next "
      "positions. want: bool (n,), default all.  On any error no\nsequence has changed.  A row's "
      "logits are the same bits whatever stands beside it, except with\nint8_outliers=\"batch\", "
      "where the rows of a chunk share their outlier columns by definition."},
     {"info", decoder_info, METH_NOARGS,
-     "info()\n--\n\ndevice, isa, threads, cpu_model, compute, kernels ({format: [names]}), "
+     "info($self, /)\n--\n\ndevice, isa, threads, cpu_model, compute, kernels ({format: [names]}), "
      "int8_threshold, int8_outliers."},
     {"nbytes", decoder_nbytes, METH_NOARGS,
-     "nbytes()\n--\n\nBytes held now: weights, embedding, kv_cache, scratch."},
+     "nbytes($self, /)\n--\n\n"
+     "Bytes held now: weights, embedding, kv_cache, scratch."},
     {NULL, NULL, 0, NULL},
 };
 

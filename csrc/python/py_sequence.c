@@ -80,10 +80,12 @@ static PyGetSetDef sequence_getset[] = {
 
 static PyMethodDef sequence_methods[] = {
     {"fork", sequence_fork, METH_NOARGS,
-     "fork()\n--\n\nA new Sequence that shares the keys and values stored so far (they are stored "
+     "fork($self, /)\n--\n\n"
+     "A new Sequence that shares the keys and values stored so far (they are stored "
      "once and never\nchanged); both go on independently."},
     {"truncate", sequence_truncate, METH_O,
-     "truncate(length, /)\n--\n\nForget the positions from `length` on, 0 <= length <= "
+     "truncate($self, length, /)\n--\n\n"
+     "Forget the positions from `length` on, 0 <= length <= "
      "self.length; shared parts are never changed."},
     {NULL, NULL, 0, NULL},
 };
