@@ -1,4 +1,5 @@
-"""The exceptions of qllm: one base, and children that are also the built-in exception a caller expects."""
+"""The exceptions of qllm: one base, and children that are also the built-in exception which a
+caller expects."""
 
 from __future__ import annotations
 

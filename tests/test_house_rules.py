@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "cpu", "decoder", "python")  # each may include itself and those before it
+MAX_COLUMNS = 100
 MAX_LINES = 650
 
 Files = Mapping[str, str]
@@ -397,6 +398,14 @@ def code_files(files: Files, *folders: str) -> Iterator[tuple[str, str]]:
     for name, text in files.items():
         if name.split("/")[0] in folders and name.endswith((".c", ".h", ".py", ".pyi")):
             yield name, text
+
+
+@rule(bad=[{"csrc/core/a.c": "x" * 101 + "\n"}, {"qllm/a.py": "\n" + "#" * 101},
+           {"qllm/a.pyi": " " * 101}],
+      good=[{"csrc/core/a.c": "x" * 100 + "\n"}, {"qllm/study/page.html": "x" * 300}])
+def lines_fit_in_100_columns(files: Files) -> list[str]:
+    return [f"{name}:{number}: {len(line)} columns" for name, text in code_files(files, "csrc", "qllm")
+            for number, line in enumerate(text.split("\n"), 1) if len(line) > MAX_COLUMNS]
 
 
 @rule(bad=[{"csrc/core/a.c": "\n" * 651}, {"tests/test_a.py": "x\n" * 651}],

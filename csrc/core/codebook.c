@@ -17,9 +17,9 @@ const float qllm_fp4_values[16] = {
 static const uint8_t nf4_order[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* The codes of fp4 by ascending value.  Both zeros take part, with a threshold of 0 between them:
- * x in (-1/384, 0] has code 0 and x in (0, 1/384] has code 8, which is what bitsandbytes 0.50 writes
- * on a CPU.  Both read back as 0.  Ties take the lower value, so of two negative values the one of
- * larger magnitude. */
+ * x in (-1/384, 0] has code 0 and x in (0, 1/384] has code 8, which is what bitsandbytes 0.50
+ * writes on a CPU.  Both read back as 0.  Ties take the lower value, so of two negative values the
+ * one of larger magnitude. */
 static const uint8_t fp4_order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
 
 /* Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861), dynamic tree

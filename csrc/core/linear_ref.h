@@ -25,8 +25,8 @@ enum { QLLM_GROUP = 32 };
 
 /* x (m, cols), bias (rows) or NULL, y (m, rows); all float32, row-major, contiguous. int8 needs
  * cols <= QLLM_INT8_MAX_COLS so that the int32 sum cannot overflow.  `threshold` is used by int8
- * only; <= 0 switches the outliers off.  Fails only for lack of memory, or when an int8 weight is too
- * wide. */
+ * only; <= 0 switches the outliers off.  Fails only for lack of memory, or when an int8 weight is
+ * too wide. */
 qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const float *x,
                             int64_t m, float threshold, float *y, qllm_error *error);
 

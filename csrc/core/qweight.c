@@ -76,8 +76,8 @@ static qllm_status check_sizes(const qllm_qweight *weight, const char *name, qll
     if (qllm_format_is_4bit(weight->format) &&
         (b < QLLM_BLOCKSIZE_MIN || b > QLLM_BLOCKSIZE_MAX || (b & (b - 1)) != 0))
         return qllm_fail(error, QLLM_VALUE, "%s: blocksize %" PRId64 " was given for %s; it must "
-                         "be a power of two from %d to %d", name, b, qllm_format_name(weight->format),
-                         QLLM_BLOCKSIZE_MIN, QLLM_BLOCKSIZE_MAX);
+                         "be a power of two from %d to %d", name, b,
+                         qllm_format_name(weight->format), QLLM_BLOCKSIZE_MIN, QLLM_BLOCKSIZE_MAX);
     return QLLM_OK;
 }
 

@@ -80,10 +80,11 @@ typedef struct qllm_cpu_ops {
      * x_i+half = fma(x_i+half, cos_i, x_i * sin_i) with the old values */
     void (*rope)(float *x, const float *cos, const float *sin, int64_t half);
     void (*attention)(const qllm_attention *args);
-    /* y = act(gate) * up; up NULL: y = act(gate); y may be gate */
-    void (*silu)(const float *gate, const float *up, int64_t n, float *y);      /* x / (1 + exp(-x)) */
-    void (*gelu)(const float *gate, const float *up, int64_t n, float *y);      /* x/2 (1 + erf(x/sqrt 2)) */
-    void (*gelu_tanh)(const float *gate, const float *up, int64_t n, float *y); /* the tanh form */
+    /* y = act(gate) * up; up NULL: y = act(gate); y may be gate.
+     * silu: x / (1 + exp(-x)); gelu: x/2 (1 + erf(x/sqrt 2)); gelu_tanh: its tanh form */
+    void (*silu)(const float *gate, const float *up, int64_t n, float *y);
+    void (*gelu)(const float *gate, const float *up, int64_t n, float *y);
+    void (*gelu_tanh)(const float *gate, const float *up, int64_t n, float *y);
     void (*add)(const float *a, int64_t n, float *x); /* x += a */
 } qllm_cpu_ops;
 

@@ -151,6 +151,6 @@ qllm_status qllm_isa_choose(const char *name, qllm_isa *isa, qllm_error *error)
                          "auto", name, qllm_isa_compiled(*isa) ? "is not offered by this machine"
                          : "is not part of this build", list);
     }
-    return qllm_fail(error, QLLM_VALUE, "instruction set '%.40s' is not known; choose one of: %s, or "
-                     "auto", name, list);
+    return qllm_fail(error, QLLM_VALUE, "instruction set '%.40s' is not known; choose one of: %s, "
+                     "or auto", name, list);
 }

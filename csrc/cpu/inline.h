@@ -1,6 +1,7 @@
 /* Two words to the compiler that the kernels need: a helper whose constant arguments must reach its
  * loops, and a loop of few, constant turns whose array of sums must become registers.  A build for
- * sanitizers defines QLLM_PLAIN_INLINE: with checks in every helper, forced inlining takes minutes. */
+ * sanitizers defines QLLM_PLAIN_INLINE: with checks in every helper, forced inlining takes
+ * minutes. */
 #ifndef QLLM_CPU_INLINE_H
 #define QLLM_CPU_INLINE_H
 

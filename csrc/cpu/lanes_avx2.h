@@ -302,8 +302,9 @@ typedef __m256i ilanes_word;
 QLLM_INLINE ilanes_word ilanes_dot_word(int32_t x) { return _mm256_set1_epi32(x); }
 
 /* vpmaddubsw adds two products in int16 with saturation.  |w| is the unsigned side and x with the
- * sign of w the signed one: 2 * 127 * 128 = 32512 at most, so that nothing saturates, and |x| <= 127
- * can be negated.  w = -128 would be right too, its magnitude being 128 as an unsigned byte. */
+ * sign of w the signed one: 2 * 127 * 128 = 32512 at most, so that nothing saturates, and
+ * |x| <= 127 can be negated.  w = -128 would be right too, its magnitude being 128 as an unsigned
+ * byte. */
 QLLM_INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x)
 {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));

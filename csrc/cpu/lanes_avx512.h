@@ -122,8 +122,8 @@ typedef __m512 lanes_table;
 
 QLLM_INLINE lanes_table lanes_table_load(const float *values) { return _mm512_loadu_ps(values); }
 
-/* vpermps reads the four low bits of an index, so that the other nibbles need no masking; loads from
- * 0 to 3 bytes further on replace half of the shifts, which share their ports with vpermps. */
+/* vpermps reads the four low bits of an index, so that the other nibbles need no masking; loads
+ * from 0 to 3 bytes further on replace half of the shifts, which share their ports with vpermps. */
 QLLM_INLINE lanes lanes_lookup(lanes_table table, const uint8_t *line, int j)
 {
     __m512i codes = _mm512_loadu_si512(line + j / 2);

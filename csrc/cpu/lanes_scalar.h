@@ -302,8 +302,8 @@ QLLM_INLINE lanes lanes_load_f16(const void *p)
 }
 
 /* Sums of int8 products: where to start, given the sums of the weights over all columns, which some
- * sets need; the form of 4 codes of x that is used for every row of the tile; and the step that adds
- * the 4 products of each dword. */
+ * sets need; the form of 4 codes of x that is used for every row of the tile; and the step that
+ * adds the 4 products of each dword. */
 QLLM_INLINE ilanes ilanes_dot_start(const int32_t *row_sums)
 {
     (void)row_sums;

@@ -1,9 +1,9 @@
 /* The linear kernels for float-valued weights, written once on top of sixteen lanes = the 16 output
  * rows of a tile.  Included by linear_<set>.c after its lanes_<set>.h.
  *
- * The order of summation is that of core/linear_ref.h whatever the kernel: lanes are outputs, so one
- * chain per group of 32 columns and one chain across groups is what a lane computes in any case.
- * Speed comes from independent chains side by side: groups, rows of x, tiles.
+ * The order of summation is that of core/linear_ref.h whatever the kernel: lanes are outputs, so
+ * one chain per group of 32 columns and one chain across groups is what a lane computes in any
+ * case.  Speed comes from independent chains side by side: groups, rows of x, tiles.
  *
  *   fused:  up to 4 rows of x; codes are decoded in registers, once for all these rows
  *   block:  more rows; BLOCK_COLUMNS columns of a few tiles are decoded into a small buffer, which

@@ -180,7 +180,8 @@ static void copy_standard(const qllm_qweight *from, qllm_qweight *to)
     copy_floats(to->nested_code, from->nested_code, 256);
 }
 
-/* The second-level absmax values, with zeros behind so that rows that pad the last tile may look. */
+/* The second-level absmax values, with zeros behind so that rows which pad the last tile may
+ * look. */
 static qllm_status copy_nested(const qllm_qweight *weight, qllm_packed *p, qllm_error *error)
 {
     void *memory;

@@ -11,8 +11,8 @@
  *   BLOCKS  4-bit, cols a multiple of blocksize.  line k/8: dword r = the 4 standard bytes of the
  *           codes k .. k + 7.  blocksize / 8 lines are a block of each row, and behind them stands
  *           one line with the 16 float32 absmax.  Nested forms have no such line; instead behind
- *           every 4 blocks (or what is left) stands one line with their absmax codes, block b of row
- *           r at byte 16 * (r / 4) + 4 * b + r % 4.
+ *           every 4 blocks (or what is left) stands one line with their absmax codes, block b of
+ *           row r at byte 16 * (r / 4) + 4 * b + r % 4.
  *   BYTES   4-bit, any other cols: the standard bytes as they are, in `standard`; blocks run across
  *           row ends, so that kernels decode 16 rows x 32 columns at a time. */
 #ifndef QLLM_CPU_PACKED_LAYOUT_H

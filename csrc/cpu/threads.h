@@ -23,9 +23,9 @@ qllm_status qllm_threads_resolve(int n, int *count, qllm_error *error);
 void qllm_threads_destroy(qllm_threads *threads);
 int qllm_threads_count(const qllm_threads *threads);
 
-/* Calls work(context, begin, end, thread) so that [0, n) is covered once, in one contiguous part per
- * thread (thread in 0 .. count - 1), and returns when all parts are done.  `work` must give results
- * that do not depend on the split. */
+/* Calls work(context, begin, end, thread) so that [0, n) is covered once, in one contiguous part
+ * per thread (thread in 0 .. count - 1), and returns when all parts are done.  `work` must give
+ * results that do not depend on the split. */
 void qllm_threads_run(qllm_threads *threads, int64_t n,
                       void (*work)(void *context, int64_t begin, int64_t end, int thread),
                       void *context);

@@ -23,7 +23,8 @@ int qllm_array_setup(void);
 /* A new reference to a C-contiguous, aligned, native-order array of `kind` with ndim in
  * [ndim_min, ndim_max]: the object itself where it fits, else a copy of the same values (strided,
  * Fortran-ordered or misaligned input).  Accepts NumPy arrays, objects with __array__ or the buffer
- * protocol, and for I64 and F64 also sequences of numbers; another dtype or byte order is an error. */
+ * protocol, and for I64 and F64 also sequences of numbers; another dtype or byte order is an
+ * error. */
 PyObject *qllm_array_input(const qllm_state *state, PyObject *object, qllm_array_kind kind,
                            int ndim_min, int ndim_max, const char *name);
 

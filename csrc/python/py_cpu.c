@@ -336,7 +336,8 @@ static PyMethodDef functions[] = {
      "y = x W^T + bias, float32 (m, rows) for x float32 (m, cols), or (rows,) for (cols,), with\n"
      "the kernels of an instruction set (None: QLLM_CPU, or the best) and a number of threads\n"
      "(None: QLLM_THREADS, or all).  The bits depend on neither.  int8: |x| >= int8_threshold are\n"
-     "outliers, taken row by row or, with 'batch', by columns of the whole x as bitsandbytes does."},
+     "outliers, taken row by row or, with 'batch', by columns of the whole x as bitsandbytes\n"
+     "does."},
     {"linear_name", (PyCFunction)(void (*)(void))py_linear_name, KEYWORDS,
      "linear_name($module, weight, m, *, isa=None)\n--\n\n"
      "Which kernel multiplies m rows by this weight."},

@@ -42,7 +42,8 @@ def _build() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
         prog="qllm", usage="qllm COMMAND ... (qllm COMMAND --help explains each)",
         description="Asks what quantization does to a language model.",
-        epilog="example:\n  qllm generate demo:llama --prompt 'Once upon a time' --quantization nf4")
+        epilog="example:\n"
+        "  qllm generate demo:llama --prompt 'Once upon a time' --quantization nf4")
     parser.add_argument("--version", action=Show, const=f"qllm {__version__}",
                         help="show the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,

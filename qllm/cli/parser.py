@@ -1,5 +1,5 @@
-"""argparse as qllm uses it: it raises instead of exiting, knows what a misspelt word probably meant,
-and its types say in a sentence what they expect."""
+"""argparse as qllm uses it: it raises instead of exiting, knows what a misspelt word probably
+meant, and its types say in a sentence what they expect."""
 
 from __future__ import annotations
 
