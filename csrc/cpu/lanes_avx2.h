@@ -164,8 +164,8 @@ QLLM_INLINE lanes lanes_scale(lanes p, lanes t)
 
 QLLM_INLINE __m128i nearest_int16(__m256 a)
 {
-    const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    __m256i nearest = _mm256_cvttps_epi32(_mm256_round_ps(a, mode));
+    __m256 whole = _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256i nearest = _mm256_cvttps_epi32(whole);
     return _mm_packs_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1));
 }
 
