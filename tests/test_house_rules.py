@@ -10,10 +10,16 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest there
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "cpu", "decoder", "python")  # each may include itself and those before it
@@ -39,7 +45,8 @@ def rule(bad: list[Files], good: list[Files]) -> Callable[[Rule], Rule]:
 
 
 def repository_files() -> dict[str, str]:
-    """Every text file of the repository: what git tracks or would track, else what lies there."""
+    """Every file of the repository, what git tracks or would track, else what lies there; those
+    that are no text are empty here."""
     try:
         listing = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -57,7 +64,7 @@ def repository_files() -> dict[str, str]:
         try:
             files[name] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue
+            files[name] = ""
     return files
 
 
@@ -453,6 +460,42 @@ def builds_run_on_other_machines_and_round_alike(files: Files) -> list[str]:
     return [f"{place}: {what}" for name, text in files.items()
             if name.endswith((".py", ".toml", ".c", ".h")) or name == ".ci/run"
             for place, what in matches(name, text, pattern)]
+
+
+PYPROJECT = """
+[tool.setuptools.package-data]
+qllm = ["py.typed", "*.pyi"]
+"qllm.demo" = ["llama/*"]
+"""
+
+
+@rule(bad=[{"pyproject.toml": PYPROJECT, "qllm/__init__.py": "", "qllm/words.txt": ""},
+           {"pyproject.toml": PYPROJECT, "qllm/__init__.py": "", "qllm/demo/__init__.py": "",
+            "qllm/demo/py.typed": ""},
+           {"pyproject.toml": PYPROJECT, "qllm/__init__.py": "", "qllm/demo/__init__.py": "",
+            "qllm/demo/llama/deep/x": ""},
+           {"pyproject.toml": PYPROJECT, "qllm/__init__.py": "", "qllm/loose/a.py": ""}],
+      good=[{"pyproject.toml": PYPROJECT, "qllm/__init__.py": "", "qllm/py.typed": "",
+             "qllm/_core.pyi": "", "qllm/demo/__init__.py": "", "qllm/demo/llama/x": ""}])
+def wheels_hold_the_whole_package(files: Files) -> list[str]:
+    """Each file under qllm is a module of a package, or named in package-data."""
+    data = tomllib.loads(files["pyproject.toml"])["tool"]["setuptools"]["package-data"]
+    packages = {name.removesuffix("/__init__.py") for name in files
+                if name.endswith("/__init__.py") and name.startswith("qllm/")}
+    wrong = []
+    for name in files:
+        if not name.startswith("qllm/"):
+            continue
+        folder, base = name.rsplit("/", 1)
+        if base.endswith(".py"):
+            wrong += [] if folder in packages else [f"{name}: {folder} has no __init__.py"]
+            continue
+        package = max((p for p in packages if name.startswith(p + "/")), key=len)
+        inside = PurePosixPath(name).relative_to(package)
+        if not any(len(inside.parts) == pattern.count("/") + 1 and inside.match(pattern)
+                   for pattern in data.get(package.replace("/", "."), ())):
+            wrong.append(f"{name}: package-data of {package.replace('/', '.')} does not name it")
+    return wrong
 
 
 # -------------------------------------------------------------------------------------- the tests
