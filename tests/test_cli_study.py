@@ -13,6 +13,7 @@ import pytest
 from small_studies import TINY
 
 from qllm.cli import main
+from qllm.study import runner
 
 MODEL = "demo:llama"
 
@@ -97,3 +98,22 @@ def test_interrupted_and_resumed(design: str, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("was there") == len(finished)
     assert (out / "report.html").is_file()
+
+
+def test_the_bar_leaves_its_line_when_interrupted(
+        design: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    done = []
+    compute = runner.compute
+
+    def compute_once(task: object) -> object:
+        if done:
+            raise KeyboardInterrupt
+        done.append(task)
+        return compute(task)
+
+    monkeypatch.setattr(runner, "compute", compute_once)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["study", MODEL, "--profile", design, "--out", str(tmp_path / "out")]) == 130
+    bar, message, rest = capsys.readouterr().err.rpartition("\nqllm: interrupted; ")
+    assert bar.startswith("\r") and "1/5" in bar and message and rest.count("\n") == 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +25,20 @@ class Event:
 Listener = Callable[[Event], None]
 
 
-def listener(progress: bool | Listener | None) -> Listener:
+@contextmanager
+def listening(progress: bool | Listener | None) -> Iterator[Listener]:
     """The listener that `progress` means: None and False are silent, True is a bar on a terminal
-    and plain lines elsewhere (both on stderr), a callable is called with every `Event`."""
+    and plain lines elsewhere (both on stderr), a callable is called with every `Event`. At the end,
+    an interrupt included, the bar leaves its line to what is printed next."""
     if progress is None or progress is False:
-        return lambda event: None
-    if progress is True:
-        return _bar() if sys.stderr.isatty() else _lines()
-    if not callable(progress):
+        yield lambda event: None
+    elif progress is True:
+        with _bar() if sys.stderr.isatty() else nullcontext(_lines()) as tell:
+            yield tell
+    elif callable(progress):
+        yield progress
+    else:
         raise QllmValueError("progress must be None, True, False or a callable")
-    return progress
 
 
 def _lines() -> Listener:
@@ -50,7 +55,8 @@ def _lines() -> Listener:
     return tell
 
 
-def _bar() -> Listener:
+@contextmanager
+def _bar() -> Iterator[Listener]:
     from tqdm import tqdm
 
     bar: Any = None
@@ -64,7 +70,9 @@ def _bar() -> Listener:
         else:
             bar.set_description_str(event.text, refresh=False)
             bar.update(event.done - bar.n)
-        if event.done >= event.total:
-            bar.close()
 
-    return tell
+    try:
+        yield tell
+    finally:
+        if bar is not None:
+            bar.close()

@@ -35,7 +35,7 @@ from .files import (
     write_cell,
     write_text,
 )
-from .progress import Event, Listener, listener
+from .progress import Event, Listener, listening
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -75,14 +75,14 @@ def run(
             f"executor must have the method submit of concurrent.futures.Executor; a"
             f" {type(executor).__name__} has not"
         )
-    tell = listener(progress)
     require_packages()
     folder = Path(os.path.abspath(out))
-    manifest = _manifest(design)
-    _prepare(folder, design, manifest, fresh)
-    work = _Work(folder, design, manifest, tell)
-    work.do(executor)
-    return _finish(work)
+    with listening(progress) as tell:
+        manifest = _manifest(design)
+        _prepare(folder, design, manifest, fresh)
+        work = _Work(folder, design, manifest, tell)
+        work.do(executor)
+        return _finish(work)
 
 
 def require_packages() -> None:
