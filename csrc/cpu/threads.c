@@ -21,7 +21,9 @@
 
 enum {
     SPIN_NANOSECONDS = 50000, /* then sleep: others may share these processors */
-    STACK_BYTES = 1 << 20
+    STACK_BYTES = 1 << 20,
+    PART_CHUNKS = 4, /* so much of a part can be left to others, at most, when its thread is late */
+    LINE_BYTES = 64
 };
 
 typedef struct job {
@@ -31,25 +33,33 @@ typedef struct job {
     int parts;
 } job;
 
+/* A thread and its part of the job; the first one is the caller. */
 typedef struct worker {
     struct qllm_threads *pool;
     pthread_t thread;
     int index;
+    _Alignas(LINE_BYTES) _Atomic int64_t next; /* chunk of the part that nobody has taken yet */
 } worker;
+
+/* The state of a pool in one number: generation << 32 | open << 31 | workers inside.  The
+ * generation grows by one with each job.  While the job is open, workers enter by adding one; the
+ * caller closes it when no chunk is left, and then waits for those inside alone. A worker that
+ * comes late finds the job closed, and nothing of it is touched. */
+enum { GENERATION_SHIFT = 32 };
+static const uint64_t JOB_OPEN = (uint64_t)1 << 31;
 
 struct qllm_threads {
     int count;                  /* the caller included */
-    worker *workers;            /* (count - 1) */
-    int started;                /* how many of them run */
+    worker *workers;            /* (count) */
+    int started;                /* how many of them run, without the caller */
     bool tried;                 /* the workers have been started, or some could not be */
     _Atomic int process;        /* number of forks when the state below was made; -1 while remade */
     pthread_mutex_t turn;       /* one job at a time */
     pthread_mutex_t lock;       /* guards sleeping and waking */
     pthread_cond_t wake, done;
-    job job;
-    _Atomic uint32_t generation; /* grows by one with each job */
-    _Atomic int sleepers;        /* workers that wait for `wake` */
-    _Atomic int pending;         /* workers that have not finished the job */
+    job job;                    /* written while closed and nobody is inside */
+    _Atomic uint64_t state;
+    _Atomic bool sleeping;      /* a worker may wait for `wake` */
     _Atomic bool caller_waits;
     _Atomic bool stop;
 };
@@ -158,7 +168,7 @@ qllm_status qllm_threads_create(int n, qllm_threads **out, qllm_error *error)
     if (status != QLLM_OK)
         return status;
     qllm_threads *pool = memory;
-    status = qllm_alloc(&memory, n - 1, sizeof(worker), "the threads of a pool", error);
+    status = qllm_alloc(&memory, n, sizeof(worker), "the threads of a pool", error);
     if (status != QLLM_OK) {
         qllm_free(pool);
         return status;
@@ -193,14 +203,41 @@ static int64_t nanoseconds(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Part `part` of the job; parts are contiguous and differ by at most one item. */
-static void run_part(const job *job, int part)
+/* Where part i of [0, n) begins; parts are contiguous and differ by at most one item. */
+static int64_t part_begin(int64_t n, int64_t parts, int64_t i)
 {
-    int64_t each = job->n / job->parts, rest = job->n % job->parts;
-    int64_t begin = part * each + (part < rest ? part : rest);
-    int64_t end = begin + each + (part < rest ? 1 : 0);
-    if (begin < end)
-        job->work(job->context, begin, end, part);
+    int64_t rest = n % parts;
+    return n / parts * i + (i < rest ? i : rest);
+}
+
+/* Works through the chunks of one part that nobody has taken. */
+static void run_part(qllm_threads *pool, int part, int thread)
+{
+    const job *job = &pool->job;
+    _Atomic int64_t *next = &pool->workers[part].next;
+    int64_t begin = part_begin(job->n, job->parts, part);
+    int64_t n = part_begin(job->n, job->parts, part + 1) - begin;
+    int64_t chunks = n < PART_CHUNKS ? n : PART_CHUNKS;
+    while (atomic_load_explicit(next, memory_order_relaxed) < chunks) {
+        int64_t i = atomic_fetch_add_explicit(next, 1, memory_order_relaxed);
+        if (i < chunks)
+            job->work(job->context, begin + part_begin(n, chunks, i),
+                      begin + part_begin(n, chunks, i + 1), thread);
+    }
+}
+
+/* A thread's own part first, from one end to the other: memory is read in one stream, and by the
+ * same processor in the next job over the same weights.  Then what is left of the others'. */
+static void run_parts(qllm_threads *pool, int thread)
+{
+    int parts = pool->job.parts;
+    for (int i = 0; i < parts; i++)
+        run_part(pool, (thread + i) % parts, thread);
+}
+
+static uint32_t generation(uint64_t state)
+{
+    return (uint32_t)(state >> GENERATION_SHIFT);
 }
 
 static void spin_until_generation(qllm_threads *pool, uint32_t seen)
@@ -208,38 +245,60 @@ static void spin_until_generation(qllm_threads *pool, uint32_t seen)
     int64_t limit = nanoseconds() + SPIN_NANOSECONDS;
     do {
         for (int i = 0; i < 32; i++) {
-            if (atomic_load_explicit(&pool->generation, memory_order_acquire) != seen)
+            if (generation(atomic_load_explicit(&pool->state, memory_order_acquire)) != seen)
                 return;
             pause_briefly();
         }
     } while (nanoseconds() < limit);
 }
 
-/* A sleeper counts itself before it looks at the generation, and the caller changes the generation
- * before it looks for sleepers, so one of them always sees the other. */
+/* A worker says that it sleeps before it looks at the generation, and the caller changes the
+ * generation before it looks for sleepers, so one of them always sees the other. */
 static void wait_for_job(qllm_threads *pool, uint32_t seen)
 {
     spin_until_generation(pool, seen);
-    if (atomic_load(&pool->generation) != seen)
+    if (generation(atomic_load(&pool->state)) != seen)
         return;
     pthread_mutex_lock(&pool->lock);
-    atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->generation) == seen)
+    atomic_store(&pool->sleeping, true);
+    while (generation(atomic_load(&pool->state)) == seen) {
         pthread_cond_wait(&pool->wake, &pool->lock);
-    atomic_fetch_sub(&pool->sleepers, 1);
+        atomic_store(&pool->sleeping, true);
+    }
     pthread_mutex_unlock(&pool->lock);
+}
+
+/* Goes inside the job unless it is closed already; *seen is then its generation. */
+static bool enter_job(qllm_threads *pool, uint32_t *seen)
+{
+    uint64_t state = atomic_load(&pool->state);
+    do {
+        *seen = generation(state);
+        if ((state & JOB_OPEN) == 0)
+            return false;
+    } while (!atomic_compare_exchange_weak(&pool->state, &state, state + 1));
+    return true;
+}
+
+static bool is_last_inside(uint64_t state)
+{
+    return (state & (2 * JOB_OPEN - 1)) == 1;
 }
 
 static void *worker_main(void *argument)
 {
     worker *self = argument;
     qllm_threads *pool = self->pool;
-    for (uint32_t seen = 0;; seen++) { /* the pool started its workers before its first job */
+    uint32_t seen = 0; /* the pool started its workers before its first job */
+    for (;;) {
         wait_for_job(pool, seen);
         if (atomic_load(&pool->stop))
             return NULL;
-        run_part(&pool->job, self->index + 1);
-        if (atomic_fetch_sub(&pool->pending, 1) == 1 && atomic_load(&pool->caller_waits)) {
+        if (!enter_job(pool, &seen))
+            continue;
+        run_parts(pool, self->index);
+        if (is_last_inside(atomic_fetch_sub(&pool->state, 1)) &&
+            atomic_load(&pool->caller_waits)) {
             pthread_mutex_lock(&pool->lock);
             pthread_cond_signal(&pool->done);
             pthread_mutex_unlock(&pool->lock);
@@ -247,29 +306,38 @@ static void *worker_main(void *argument)
     }
 }
 
-static void start_job(qllm_threads *pool)
+/* The next generation, when nobody is inside: an open job or, at the end of the pool, none. */
+static void start_generation(qllm_threads *pool, uint64_t open)
 {
-    atomic_fetch_add(&pool->generation, 1);
-    if (atomic_load(&pool->sleepers) == 0)
+    uint64_t next = (uint64_t)(generation(atomic_load(&pool->state)) + 1u) << GENERATION_SHIFT;
+    atomic_store(&pool->state, next | open);
+    if (!atomic_load(&pool->sleeping))
         return;
     pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->sleeping, false);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
 }
 
-static void wait_until_done(qllm_threads *pool)
+static bool nobody_inside(qllm_threads *pool)
 {
+    return (atomic_load(&pool->state) & (JOB_OPEN - 1)) == 0;
+}
+
+static void close_job(qllm_threads *pool)
+{
+    atomic_fetch_and(&pool->state, ~JOB_OPEN);
     int64_t limit = nanoseconds() + SPIN_NANOSECONDS;
     do {
         for (int i = 0; i < 32; i++) {
-            if (atomic_load_explicit(&pool->pending, memory_order_acquire) == 0)
+            if (nobody_inside(pool))
                 return;
             pause_briefly();
         }
     } while (nanoseconds() < limit);
     pthread_mutex_lock(&pool->lock);
     atomic_store(&pool->caller_waits, true);
-    while (atomic_load(&pool->pending) != 0)
+    while (!nobody_inside(pool))
         pthread_cond_wait(&pool->done, &pool->lock);
     atomic_store(&pool->caller_waits, false);
     pthread_mutex_unlock(&pool->lock);
@@ -284,9 +352,8 @@ static void notice_fork(qllm_threads *pool)
             make_locks(pool);
             pool->started = 0;
             pool->tried = false;
-            atomic_store(&pool->generation, 0);
-            atomic_store(&pool->sleepers, 0);
-            atomic_store(&pool->pending, 0);
+            atomic_store(&pool->state, 0);
+            atomic_store(&pool->sleeping, false);
             atomic_store(&pool->caller_waits, false);
             atomic_store(&pool->process, now);
             return;
@@ -308,7 +375,7 @@ static void start_workers(qllm_threads *pool)
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    for (int i = 0; i < pool->count - 1; i++) {
+    for (int i = 1; i < pool->count; i++) {
         pool->workers[i].pool = pool;
         pool->workers[i].index = i;
         if (pthread_create(&pool->workers[i].thread, &attributes, worker_main,
@@ -335,13 +402,13 @@ void qllm_threads_run(qllm_threads *threads, int64_t n,
     if (!threads->tried)
         start_workers(threads);
     threads->job = (job){n, work, context, threads->started + 1};
-    if (threads->started > 0) {
-        atomic_store(&threads->pending, threads->started);
-        start_job(threads);
-    }
-    run_part(&threads->job, 0);
+    for (int i = 0; i <= threads->started; i++)
+        atomic_store_explicit(&threads->workers[i].next, 0, memory_order_relaxed);
     if (threads->started > 0)
-        wait_until_done(threads);
+        start_generation(threads, JOB_OPEN);
+    run_parts(threads, 0);
+    if (threads->started > 0)
+        close_job(threads);
     pthread_mutex_unlock(&threads->turn);
 }
 
@@ -351,8 +418,8 @@ void qllm_threads_destroy(qllm_threads *threads)
         return;
     notice_fork(threads);
     atomic_store(&threads->stop, true);
-    start_job(threads);
-    for (int i = 0; i < threads->started; i++)
+    start_generation(threads, 0);
+    for (int i = 1; i <= threads->started; i++)
         pthread_join(threads->workers[i].thread, NULL);
     pthread_mutex_destroy(&threads->turn);
     pthread_mutex_destroy(&threads->lock);

@@ -1,5 +1,7 @@
-/* A small pool of threads with a static split of the work.  The caller works too: a pool of one
- * thread starts none.  Safe to use after fork (a child starts its own threads at first use), by two
+/* A small pool of threads.  Each has its part of the work and then helps the others; the caller
+ * works too, does alone what nobody came for, and waits only for threads in the middle of a chunk:
+ * on a busy machine a thread that gets no processor holds up nobody.  A pool of one thread starts
+ * none.  Safe to use after fork (a child starts its own threads at first use), by two
  * Python threads at once (they take turns) and next to other libraries' pools. */
 #ifndef QLLM_CPU_THREADS_H
 #define QLLM_CPU_THREADS_H
@@ -23,9 +25,10 @@ qllm_status qllm_threads_resolve(int n, int *count, qllm_error *error);
 void qllm_threads_destroy(qllm_threads *threads);
 int qllm_threads_count(const qllm_threads *threads);
 
-/* Calls work(context, begin, end, thread) so that [0, n) is covered once, in one contiguous part
- * per thread (thread in 0 .. count - 1), and returns when all parts are done.  `work` must give
- * results that do not depend on the split. */
+/* Calls work(context, begin, end, thread) so that [0, n) is covered once, and returns when all is
+ * done.  [0, n) falls into one contiguous part per thread and each part into a few chunks, one call
+ * each; a chunk may be done by any thread (0 .. count - 1, never two at a time with one number).
+ * `work` must give results that do not depend on the split. */
 void qllm_threads_run(qllm_threads *threads, int64_t n,
                       void (*work)(void *context, int64_t begin, int64_t end, int thread),
                       void *context);
