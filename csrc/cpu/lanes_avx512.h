@@ -123,11 +123,17 @@ typedef __m512 lanes_table;
 QLLM_INLINE lanes_table lanes_table_load(const float *values) { return _mm512_loadu_ps(values); }
 
 /* vpermps reads the four low bits of an index, so that the other nibbles need no masking; loads
- * from 0 to 3 bytes further on replace half of the shifts, which share their ports with vpermps. */
+ * 1 to 3 bytes further on replace the other shifts, which share their ports with vpermps.  A
+ * load across two lines costs two, so that the aligned one serves all shifts: the empty asm keeps
+ * gcc from loading it again for each. */
 QLLM_INLINE lanes lanes_lookup(lanes_table table, const uint8_t *line, int j)
 {
-    __m512i codes = _mm512_loadu_si512(line + j / 2);
-    return _mm512_permutexvar_ps(j % 2 == 0 ? _mm512_srli_epi32(codes, 4) : codes, table);
+    __m512i codes = _mm512_loadu_si512(j == 1 || j % 2 == 0 ? line : line + j / 2);
+    if (j == 1 || j % 2 == 0)
+        __asm__("" : "+v"(codes));
+    if (j % 2 == 0)
+        codes = _mm512_srli_epi32(codes, 4u * (unsigned)j + 4u);
+    return _mm512_permutexvar_ps(codes, table);
 }
 
 QLLM_INLINE lanes lanes_bf16_low(ilanes line)
