@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -45,6 +46,7 @@ class Layers:
         self._decoder = decoder
         self._modules = {linear.module: linear for linear in architecture.modules}
         self._states: dict[str, _State] = {}
+        self._turn = threading.Lock()  # changes of two threads come one after the other
 
     @property
     def formats(self) -> dict[str, str]:
@@ -62,24 +64,36 @@ class Layers:
 
     def quantize(self, config: QuantConfig) -> QuantReport:
         """Swaps the layers that `config` selects; see `Model.quantize_`."""
+        with self._turn:
+            return self._quantize(config)
+
+    def _quantize(self, config: QuantConfig) -> QuantReport:
         selected, reasons = self._select(config)
-        before = dict(self._states)
+        before, current = dict(self._states), None
         try:
             for module in selected:
                 linear, state = self._modules[module], self._states[module]
                 if self._is(linear, state, config):
                     reasons[module] = f"already {state.format}"
                     continue
-                state = self._set(linear, config.format, config.blocksize)
-                self._states[module] = self._with_error(linear, state)
+                current = module
+                self._states[module] = self._set(linear, config.format, config.blocksize)
+                current = None
+                self._states[module] = self._with_error(linear, self._states[module])
         except BaseException as error:
+            if current is not None:  # an interrupt can come before the change is noted
+                self._note(current)
             self._put_back(before, error)
             raise
         changed = {module for module, state in self._states.items() if state is not before[module]}
-        return self.report(changed, reasons)
+        return self._report(changed, reasons)
 
-    def report(self, changed: set[str] | None = None, reasons: dict | None = None) -> QuantReport:
+    def report(self) -> QuantReport:
         """The report of the layers as they are now."""
+        with self._turn:
+            return self._report(set(), {})
+
+    def _report(self, changed: set[str], reasons: dict[str, str]) -> QuantReport:
         rows = []
         for module, linear in self._modules.items():
             state = self._with_error(linear, self._states[module])
@@ -93,8 +107,8 @@ class Layers:
                     state.bits_per_weight,
                     state.rmse,
                     state.sqnr_db,
-                    module in (changed or ()),
-                    (reasons or {}).get(module, ""),
+                    module in changed,
+                    reasons.get(module, ""),
                 )
             )
         return QuantReport(tuple(rows))
@@ -172,6 +186,19 @@ class Layers:
             return state.stored
         blocksize = config.blocksize if is_4bit(config.format) else None
         return state.format == config.format and state.blocksize == blocksize
+
+    def _note(self, module: str) -> None:
+        """Notes what the decoder has of a layer whose change was broken off."""
+        linear, state = self._modules[module], self._states[module]
+        try:
+            weight = self._decoder.linear(linear.slot)
+        except QllmError:  # nobody knows: a state of its own, so that it is put back
+            self._states[module] = replace(state)
+            return
+        if (weight.format, weight.blocksize) != (state.format, state.blocksize):
+            self._states[module] = _State(
+                weight.format, weight.blocksize, False, weight.nbytes, weight.bits_per_weight
+            )
 
     def _put_back(self, before: dict[str, _State], error: BaseException) -> None:
         """Every changed layer as it was; when that fails too, an error that names the others."""
