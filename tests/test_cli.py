@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import subprocess
 import sys
@@ -248,6 +249,29 @@ def test_texts_that_cannot_be_read(make, words: list[str], command: str, tmp_pat
     sentence = one_error(err)
     assert (code, out) == (1, "")
     assert [word for word in words if word not in sentence] == []
+
+
+@pytest.mark.parametrize("name", ["x.txt", "-"])
+def test_a_text_that_does_not_end_is_not_read_to_its_end(
+        name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/zero filled the memory."""
+    monkeypatch.setattr("qllm.cli.files.MAX_TEXT_BYTES", 100)
+    data = io.BytesIO(b"a" * 1000)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(data))
+    (tmp_path / "x.txt").write_bytes(data.getvalue())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QllmFileError, match="has more than the 100 bytes that are read at most"):
+        read_text(name)
+    assert name != "-" or data.tell() <= 101
+    (tmp_path / "x.txt").write_bytes(b"a" * 100)
+    assert len(read_text("x.txt")) == 100
+
+
+def test_long_words_are_cut_in_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--seed", "--temperature"):
+        code, _, err = run("generate", "demo:llama", "--prompt", "a", option, "9" * 5000 + "x",
+                           capsys=capsys)
+        assert code == 2 and len(one_error(err)) < 300 and option in err
 
 
 def test_names_that_no_file_can_have(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,21 +12,28 @@ from ..strict_json import quoted
 
 STDIN = "-"
 
+MAX_TEXT_BYTES = 1 << 28
+"""Most bytes of a text that is read: a pipe or a device may never end."""
+
 
 def read_text(name: str) -> str:
     """The text of a UTF-8 file, or of standard input for "-". Raises `QllmFileError`."""
     what = "standard input" if name == STDIN else name
     try:
         if name == STDIN:
-            data = sys.stdin.buffer.read()
+            data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
         else:
             with open(name, "rb") as file:
-                data = file.read()
+                data = file.read(MAX_TEXT_BYTES + 1)
     except IsADirectoryError:
         raise QllmFileError(f"{name} is a folder; a text file was expected") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise QllmFileError(f"{quoted(name)} cannot be read: {reason}") from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise QllmFileError(
+            f"{what} has more than the {MAX_TEXT_BYTES} bytes that are read at most; cut the text"
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -8,6 +8,8 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from ..strict_json import quoted
+
 
 class UsageError(Exception):
     """The command line means nothing; the text is one sentence."""
@@ -96,7 +98,7 @@ def whole(low: int) -> Callable[[str], int]:
             value = low - 1
         if value < low:
             raise argparse.ArgumentTypeError(
-                f"{word!r} was given; a whole number of at least {low} was expected")
+                f"{quoted(word)} was given; a whole number of at least {low} was expected")
         return value
 
     return convert
@@ -107,7 +109,8 @@ def number(word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r} was given; a number was expected") from None
+        raise argparse.ArgumentTypeError(
+            f"{quoted(word)} was given; a number was expected") from None
 
 
 def text(word: str) -> str:
