@@ -39,6 +39,22 @@ static const char *kind_name(qllm_array_kind kind)
     return "";
 }
 
+/* Turns what __array__ of a foreign object raised, such as torch about gradients, into one sentence
+ * that names the argument; interrupts and lack of memory pass as they are. */
+static PyObject *array_method_failed(const qllm_state *state, PyObject *object, const char *name)
+{
+    PyObject *type, *value, *trace;
+    if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+        return NULL;
+    PyErr_Fetch(&type, &value, &trace);
+    qllm_raise_value(state, "%s: %s gives no NumPy array: %S", name, Py_TYPE(object)->tp_name,
+                     value != NULL ? value : type);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return NULL;
+}
+
 /* A NumPy array over the object's own memory or from its __array__; a bare __array_interface__ is
  * not believed, since its pointer cannot be checked.  New reference. */
 static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int sequences_too,
@@ -53,7 +69,9 @@ static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int seque
     int is_sequence = sequences_too && (PyList_Check(object) || PyTuple_Check(object));
     if (has_array) {
         PyObject *array = PyObject_CallMethod(object, "__array__", NULL);
-        if (array == NULL || PyArray_Check(array))
+        if (array == NULL)
+            return array_method_failed(state, object, name);
+        if (PyArray_Check(array))
             return array;
         Py_DECREF(array);
         return qllm_raise_value(state, "%s: __array__ of %s gave no NumPy array; pass one", name,
