@@ -87,7 +87,11 @@ class Checkpoint:
         `token` and `local_files_only` are handed to it. A `revision` of anything else raises
         `QllmValueError`; all other failures are `QllmFileError`.
         """
-        name = os.fspath(name_or_folder)
+        if not isinstance(name_or_folder, (str, os.PathLike)):
+            raise QllmValueError(
+                f"the model is a {type(name_or_folder).__name__}; a folder or a name was expected"
+            )
+        name = os.fsdecode(name_or_folder)
         if revision is not None and (name.startswith("demo:") or os.path.isdir(name)):
             raise QllmValueError(
                 f"revision={quoted(revision)} has no meaning for {quoted(name)}; only models"

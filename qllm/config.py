@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from .bnb import BLOCKSIZES
 from .errors import QllmUnsupportedError, QllmValueError
-from .strict_json import quoted
+from .strict_json import lone_surrogate, quoted
 
 QUANTIZED_FORMATS = ("nf4", "fp4", "nf4-dq", "fp4-dq", "int8")
 FLOAT_FORMATS = ("bf16", "f16", "f32")
@@ -69,7 +71,7 @@ class QuantConfig:
         set_(self, "format", check_format(self.format))
         set_(self, "include", patterns(self.include, "include"))
         set_(self, "skip", patterns(self.skip, "skip"))
-        if type(self.blocksize) is bool or self.blocksize not in BLOCKSIZES:
+        if not isinstance(self.blocksize, (int, np.integer)) or self.blocksize not in BLOCKSIZES:
             raise QllmValueError(
                 f"blocksize is {quoted(self.blocksize)}; a power of two from {BLOCKSIZES[0]} to "
                 f"{BLOCKSIZES[-1]} was expected"
@@ -205,6 +207,9 @@ def _stop(value: Any) -> tuple[str, ...]:
             raise QllmValueError(
                 f"stop has {quoted(string)}; strings of at least one character were expected"
             )
+        surrogate = lone_surrogate(string)
+        if surrogate:
+            raise QllmValueError(f"stop has {quoted(string)}, which has {surrogate}")
     return strings
 
 
@@ -232,5 +237,5 @@ def _eos(value: Any) -> tuple[int, ...] | None:
 def check_compute(compute: Any) -> None:
     """Accepts the compute modes that there are: "exact" (float32 activations) and "auto" (the
     fastest whose rounding of activations is no coarser than bfloat16; today that is exact)."""
-    if compute not in ("exact", "auto"):
+    if not isinstance(compute, str) or compute not in ("exact", "auto"):
         raise QllmUnsupportedError(f"compute is {quoted(compute)}; supported are exact and auto")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,6 +235,7 @@ def _draw(rows: list[Row], logits: np.ndarray) -> None:
 def token_ids(value: Any, vocab: int, what: str) -> tuple[int, ...]:
     """Token ids from outside, each an integer from 0 to vocab - 1."""
     ids = []
+    _refuse_no_ids(value, what)
     try:
         items = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else list(value)
     except TypeError:
@@ -257,10 +258,25 @@ def token_ids(value: Any, vocab: int, what: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _refuse_no_ids(value: Any, what: str) -> None:
+    """Bytes would pass for token ids and are rarely meant as such; a set or a mapping has no
+    order."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise QllmValueError(
+            f"{what} is a {type(value).__name__}; decode it to a text, or make it a list of token "
+            "ids"
+        )
+    if isinstance(value, (Mapping, Set)):
+        raise QllmValueError(
+            f"{what} is a {type(value).__name__}; a text or a sequence of token ids was expected"
+        )
+
+
 def is_batch(prompt: Any) -> bool:
     """Whether `prompt` is several prompts: a sequence of texts or of sequences."""
     if isinstance(prompt, str):
         return False
+    _refuse_no_ids(prompt, "the prompt")
     if isinstance(prompt, np.ndarray):
         return prompt.ndim > 1
     if not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):

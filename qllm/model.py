@@ -16,7 +16,7 @@ from . import generation as _generation
 from .architectures import Architecture, bind, describe
 from .checkpoint import Checkpoint
 from .config import GenerationConfig, QuantConfig, check_compute
-from .errors import QllmFileError, QllmValueError
+from .errors import QllmFileError, QllmUnsupportedError, QllmValueError
 from .generation import BATCH_SIZE, Generation, Progress, Request, Row
 from .layers import Layers, quantize_entry, to_float32
 from .report import ModelInfo, QuantReport
@@ -100,6 +100,10 @@ class Model:
         arguments, `QllmMemoryError`.
         """
         check_compute(compute)
+        for option, value in (("device", device), ("isa", isa), ("int8_outliers", int8_outliers)):
+            if not isinstance(value, str) or not value.isprintable():
+                if option != "isa" or value is not None:
+                    raise QllmValueError(f"{option} is {quoted(value)}; a name was expected")
         config = _quant_config(quantization, include, skip, blocksize, quantize_head)
         checkpoint = Checkpoint.open(
             name_or_folder,
@@ -248,6 +252,15 @@ class Model:
         whenever a request has finished.
         """
         batch_size = _generation.check_batch_size(batch_size)
+        if not isinstance(requests, Iterable):
+            raise QllmValueError(
+                f"the requests are a {type(requests).__name__}; several Requests were expected"
+            )
+        if progress is not None and not callable(progress):
+            raise QllmValueError(
+                f"progress is a {type(progress).__name__}; a function of (finished, all) was "
+                "expected"
+            )
         rows = [self._row(index, request) for index, request in enumerate(requests)]
         tokenizer = self._tokenizer_or_none()
         results: list[Generation | None] = [None] * len(rows)
@@ -280,6 +293,10 @@ class Model:
         requests, single = self._requests(prompt, config, prompt_key, overrides)
         if not single:
             raise QllmValueError("stream takes one prompt, not a list; use generate for several")
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise QllmValueError(
+                f"streamer is a {type(streamer).__name__}; an object with put and end was expected"
+            )
         row = self._row(0, requests[0])
         if streamer is None or row.stream is None:
             row.stream = TextStream(self.tokenizer, row.prompt_ids, row.config.stop)
@@ -325,6 +342,11 @@ class Model:
         """A request, checked, as a row of the loop."""
         if not isinstance(request, Request):
             raise QllmValueError(f"a Request was expected, not a {type(request).__name__}")
+        if not isinstance(request.config, GenerationConfig):
+            raise QllmValueError(
+                f"the config of a Request is a {type(request.config).__name__}; a "
+                "GenerationConfig was expected"
+            )
         ids, config = self._prompt_ids(request.prompt), request.config
         positions = self.architecture.decoder["max_positions"]
         if len(ids) + config.max_new_tokens > positions:
@@ -333,6 +355,12 @@ class Model:
                 f"{len(ids) + config.max_new_tokens} positions, but the model has {positions}; "
                 "shorten the prompt or lower max_new_tokens"
             )
+        vocab = self.architecture.decoder["vocab"]
+        for token in config.eos_token_id or ():
+            if token >= vocab:
+                raise QllmValueError(
+                    f"eos_token_id has {token}, but the model has the token ids 0 to {vocab - 1}"
+                )
         eos = self.eos_token_id if config.eos_token_id is None else config.eos_token_id
         key = request.prompt_key
         return Row(
@@ -466,6 +494,14 @@ class Model:
 
         save(self, folder)
 
+    def __reduce__(self) -> Any:
+        """A model lies in memory that Python knows nothing of, so it is neither pickled nor
+        copied."""
+        raise QllmUnsupportedError(
+            f"a model cannot be pickled or copied; load {quoted(self.name)} again, or save() it "
+            "and load the folder"
+        )
+
     def __repr__(self) -> str:
         formats = "/".join(sorted(set(self.formats.values())))
         return f"<qllm.Model {self.name} ({self.architecture.model_type}, {formats})>"
@@ -479,7 +515,8 @@ def _quant_config(
     quantize_head: bool,
 ) -> QuantConfig | None:
     """The options of a call as one object."""
-    plain = include is None and skip is None and blocksize == 64 and quantize_head is False
+    usual = isinstance(blocksize, (int, np.integer)) and blocksize == 64
+    plain = include is None and skip is None and usual and quantize_head is False
     if quantization is None:
         if not plain:
             raise QllmValueError(

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import bnb
 from .config import QUANTIZED_FORMATS
-from .errors import QllmFileError, QllmUnsupportedError
+from .errors import QllmFileError, QllmUnsupportedError, QllmValueError
 from .safetensors import TensorEntry
 from .strict_json import quoted
 
@@ -52,7 +52,7 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
         raise QllmUnsupportedError(
             'saving needs the package safetensors, version 0.8 or later: pip install "qllm[save]"'
         ) from None
-    target = Path(os.path.abspath(folder))
+    target = _target(folder)
     config = _config(model)
     _check_free(target)
     try:
@@ -73,6 +73,18 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _target(folder: Any) -> Path:
+    """The absolute path of the folder to write."""
+    name = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else folder
+    try:
+        possible = isinstance(name, str) and name and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise QllmValueError(f"the folder is {quoted(name)}; the path of a new folder was expected")
+    return Path(os.path.abspath(name))
 
 
 def _check_free(target: Path) -> None:

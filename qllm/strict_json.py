@@ -42,7 +42,20 @@ def quoted(value: object, limit: int = 120) -> str:
         text = str(value)
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
+    except ValueError:  # Python writes no integers of more than some thousand digits
+        text = f"a {type(value).__name__} of thousands of digits"
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
+
+
+def lone_surrogate(text: str) -> str | None:
+    """Where `text` has half of a UTF-16 pair, which no UTF-8 text can hold, as a clause; or
+    None."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        return f"the lone surrogate U+{code:04X} at position {error.start}, which is no character"
+    return None
 
 
 def foreign_kind(start: bytes) -> str | None:
@@ -74,6 +87,8 @@ def parse_object(data: bytes, what: str, max_members: int = 1_000_000) -> dict[s
             parse_float=_finite,
             parse_int=_short,
         )
+        if b"\\ud" in data or b"\\uD" in data:  # a lone surrogate is no text: ValueError
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise QllmFileError(
             f"{what} is not UTF-8 text: byte {error.start} cannot be decoded"

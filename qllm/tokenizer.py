@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
-from .strict_json import quoted
+from .strict_json import lone_surrogate, quoted
 
 REPLACEMENT = "\ufffd"
 """What a decoder shows for bytes that are no complete UTF-8 character."""
@@ -45,6 +45,9 @@ class Tokenizer:
         adds."""
         if not isinstance(text, str):
             raise QllmValueError(f"a text was expected, not a {type(text).__name__}")
+        surrogate = lone_surrogate(text)
+        if surrogate:
+            raise QllmValueError(f"the text {quoted(text, 40)} has {surrogate}")
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=True).ids
         except BaseException as error:
@@ -58,6 +61,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no complete character become U+FFFD."""
+        if type(skip_special_tokens) is not bool:
+            raise QllmValueError(
+                f"skip_special_tokens is {quoted(skip_special_tokens)}; True or False was expected"
+            )
         try:
             return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except BaseException as error:
