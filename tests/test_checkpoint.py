@@ -136,6 +136,16 @@ def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
         assert checkpoint.names() == ["a", "b"]
 
 
+def test_a_hard_link_out_of_the_folder_is_a_file_of_the_folder(tmp_path: Path) -> None:
+    """Nothing tells the two names of a file apart, and nobody made this one by naming a path."""
+    outside = single(tmp_path / "outside") / "model.safetensors"
+    (single(tmp_path / "model") / "model.safetensors").unlink()
+    os.link(outside, tmp_path / "model" / "model.safetensors")
+    with Checkpoint.open(tmp_path / "model") as checkpoint:
+        assert checkpoint.files == [tmp_path / "model" / "model.safetensors"]
+        assert np.array_equal(checkpoint.entry("b").numpy(), ramp(4))
+
+
 def test_code_of_the_folder_is_never_run(tmp_path: Path) -> None:
     single(tmp_path, '{"auto_map": {"AutoModelForCausalLM": "modeling_x.Model"}}')
     (tmp_path / "modeling_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

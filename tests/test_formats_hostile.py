@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import pickle
 import threading
@@ -289,6 +290,18 @@ def test_nonfinite_values(dtype, value):
         build(stored, shape=(70, 100), packed=w)
 
 
+def test_a_value_beyond_2_31_elements_is_found_and_counted():
+    """The zeros take no memory: the system maps them when they are written."""
+    try:
+        w = np.zeros((1, 2**31 + 64), np.float16)
+    except MemoryError:
+        pytest.skip("this system does not lend 4 GiB of addresses")
+    w[0, 2**31 + 1] = np.nan
+    for name in ("nf4", "int8"):
+        with pytest.raises(QllmValueError, match="row 0, column 2147483649 is nan"):
+            qllm.quantize(w, name)
+
+
 def test_values_beyond_the_range_of_a_float_format():
     w = matrix()
     w[3, 9] = -65520
@@ -325,6 +338,41 @@ class OnlyDlpack:
         return self.array.__dlpack_device__()
 
 
+class OnAnotherDevice(OnlyDlpack):
+    def __dlpack_device__(self):
+        return 2, 0  # CUDA
+
+
+def used_capsule():
+    """A DLPack capsule whose memory somebody has taken already."""
+    capsule = matrix().__dlpack__()
+    np.from_dlpack(Handing(capsule))
+    return capsule
+
+
+class Handing:
+    def __init__(self, capsule):
+        self.capsule = capsule
+
+    def __dlpack__(self, **kwargs):
+        return self.capsule
+
+    def __dlpack_device__(self):
+        return 1, 0  # CPU
+
+
+def misnamed_capsule():
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return new(8, b"dltensr", None)
+
+
+class FailingProvider:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("it is on the moon")
+
+
 class BadProvider:
     def __array__(self, dtype=None, copy=None):
         return [1.0, 2.0]
@@ -353,6 +401,10 @@ class BadProvider:
         (BadProvider(), "__array__ of .*BadProvider gave no NumPy array"),
         (OnlyDlpack(matrix()), "expected a NumPy array, found .*; pass numpy.from_dlpack"),
         (matrix().__dlpack__(), "expected a NumPy array, found PyCapsule"),
+        (used_capsule(), "expected a NumPy array, found PyCapsule"),
+        (misnamed_capsule(), "expected a NumPy array, found PyCapsule"),
+        (OnAnotherDevice(matrix()), "expected a NumPy array, found .*; pass numpy.from_dlpack"),
+        (FailingProvider(), ".*FailingProvider gives no NumPy array: it is on the moon"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "words",
 )
@@ -361,7 +413,7 @@ def test_arrays(array, words):
         qllm.quantize(array, "nf4", name="layer.7")
     with pytest.raises(QllmValueError, match="source: " + words):
         qllm.quantize(matrix(), "nf4").error(array)
-    with pytest.raises(QllmValueError, match="x: expected|x: .*(byte order|masked|__array__)"):
+    with pytest.raises(QllmValueError, match="x: expected|x: .*(byte order|masked|NumPy array)"):
         qllm.quantize(matrix(), "nf4").matmul_reference(array)
     with pytest.raises(QllmValueError, match="layer.7(: format nf4 needs packed|.packed: )"):
         build("nf4", absmax=array, packed=array)
@@ -374,6 +426,38 @@ def test_dtype_that_is_not_that_of_the_array():
         qllm.quantize(matrix().astype(np.uint16), "nf4", dtype="float32")
     with pytest.raises(QllmValueError, match="layer.7.packed: .*'float16' but .* float32"):
         build("f16", packed=matrix())
+
+
+def test_interrupts_of_a_foreign_array_pass_through():
+    class Interrupted:
+        def __array__(self, dtype=None, copy=None):
+            raise error
+
+    for error in (KeyboardInterrupt(), MemoryError()):
+        with pytest.raises(type(error)) as caught:
+            qllm.quantize(matrix(), "nf4").matmul(Interrupted())
+        assert caught.value is error
+
+
+def test_nothing_is_written_into_the_arrays_of_the_caller():
+    """There are no output arguments: every result is new memory, apart from the inputs."""
+    logits, x = matrix((3, 100), 1), matrix((3, 100), 2)
+    bias, history = matrix((1, 6)).reshape(-1), np.arange(3)
+    tokens = np.array([1, 2, 3])
+    given = [matrix(), logits, x, bias, history, tokens]
+    for array in given:
+        array.flags.writeable = False
+    before = [array.copy() for array in given]
+    results = []
+    for name in FORMATS:
+        q = qllm.quantize(given[0], name)
+        q.error(given[0])
+        results += [q.packed, q.dequantize(), q.matmul(x, bias), q.matmul_reference(x, bias)]
+    sampled = qllm.sample(logits, history=[history] * 3, repetition_penalty=1.5, top_p=0.9)
+    stats = qllm.logit_stats(logits, x, [0.5, 1.0], tokens)
+    results += [sampled.tokens, sampled.logprobs, stats.kl, _core.logprobs(logits, tokens)]
+    assert not any(np.shares_memory(result, array) for result in results for array in given)
+    assert all(np.array_equal(a, b) for a, b in zip(given, before))
 
 
 def test_dlpack_by_way_of_numpy():
@@ -423,6 +507,37 @@ def test_buffer_is_held_during_the_call_and_not_after():
     view.release()
     buffer.clear()  # would raise BufferError if the tensor still held it
     np.testing.assert_array_equal(q.dequantize(), build("nf4").dequantize())
+
+
+def test_buffer_that_another_thread_resizes_during_calls():
+    """The call holds the buffer, so that the resize fails or comes between two calls."""
+    good, expected = parts("nf4")["packed"].tobytes(), build("nf4").dequantize()
+    buffer, stop, refused = bytearray(good), threading.Event(), []
+
+    def resize():
+        while not stop.is_set():
+            try:
+                buffer.extend(bytes(10**5))
+                del buffer[len(good) :]
+            except BufferError:
+                refused.append(1)
+
+    worker = threading.Thread(target=resize)
+    worker.start()
+    try:
+        for _ in range(300):
+            try:
+                result = build("nf4", packed=buffer).dequantize()
+            except QllmValueError as error:
+                assert "elements, but format nf4" in str(error)
+            else:
+                np.testing.assert_array_equal(result, expected)
+    finally:
+        stop.set()
+        worker.join()
+    with memoryview(buffer):  # what the calls rely on
+        with pytest.raises(BufferError):
+            buffer.extend(b"x")
 
 
 def test_array_freed_meanwhile():

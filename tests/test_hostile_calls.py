@@ -1,5 +1,5 @@
-"""What a caller can do wrong with a model, or do at a bad moment: each is refused in one sentence, or
-leaves everything as it was."""
+"""What a caller can do wrong with a model, or do at a bad moment: each is refused in one sentence,
+or leaves everything as it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import qllm
-from qllm import GenerationConfig, Request, layers
+from qllm import GenerationConfig, Request, _core, layers
 from qllm.checkpoint import Checkpoint
 
 pytest.importorskip("safetensors", reason="writes the checkpoints")
@@ -184,7 +184,8 @@ def test_a_lone_surrogate_in_the_config_is_no_text(tmp_path: Path) -> None:
     config = written(tmp_path / "m") / "config.json"
     text = config.read_text()
     config.write_text(text.replace('"dtype"', '"_name_or_path": "\\ud83d\\ude00", "dtype"'))
-    assert qllm.Model.from_pretrained(tmp_path / "m").checkpoint.config["_name_or_path"] == "\U0001f600"
+    model = qllm.Model.from_pretrained(tmp_path / "m")
+    assert model.checkpoint.config["_name_or_path"] == "\U0001f600"
     for escape in ("\\ud800", "\\uDfff"):
         config.write_text(text.replace('"dtype"', f'"_name_or_path": "{escape}", "dtype"'))
         refused(["config.json is not valid JSON", "surrogates not allowed"],
@@ -345,6 +346,33 @@ def test_ctrl_c_in_a_long_step_ends_it_with_an_interrupt() -> None:
     assert model.logits(IDS).shape[0] == len(IDS)
 
 
+# ----------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("call", [
+    pytest.param(lambda model: model.quantize_("nf4-dq", include="*.1.mlp.*"), id="swap"),
+    pytest.param(lambda model: model.generate(IDS, **FEW), id="generate"),
+    pytest.param(lambda model: model.score(IDS), id="score"),
+])
+def test_any_allocation_may_fail(folder: Path, call: Callable[[qllm.Model], Any]) -> None:
+    model = qllm.Model.from_pretrained(folder)
+    before, formats = model.logits(IDS), model.formats
+    for n in range(1, 300):
+        _core._alloc_fail_at(n)
+        try:
+            call(model)
+        except qllm.QllmMemoryError as error:
+            assert "could not allocate" in str(error)
+        else:
+            break
+        finally:
+            _core._alloc_fail_at(0)
+        assert model.formats == formats and consistent(model)
+        assert model.decoder.nbytes()["kv_cache"] == 0
+        assert np.array_equal(model.logits(IDS), before)
+    assert 5 < n < 299
+
+
 # ---------------------------------------------------------------------------------------- threads
 
 
@@ -391,8 +419,7 @@ def test_swaps_of_two_threads_come_one_after_the_other(
         return state
 
     monkeypatch.setattr(layers.Layers, "_set", slow)
-    in_threads(*(lambda f=format: [model.quantize_(f) for _ in range(3)]
-                 for format in ("nf4", "int8")))
+    in_threads(lambda: model.quantize_("nf4"), lambda: model.quantize_("int8"))
     assert consistent(model) and len(set(model.formats.values()) - {"f32"}) == 1
 
 
