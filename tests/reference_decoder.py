@@ -55,6 +55,10 @@ CONFIGS = {
     "falcon 7b": falcon(),
     "falcon 40b": falcon(block="parallel2", kv_heads=2),
     "falcon rw": falcon_rw(),
+    "many heads on one": falcon(heads=19, head_dim=8, rotary_dim=8),
+    "many heads on one, alibi": falcon_rw(
+        heads=18, kv_heads=1, head_dim=8,
+        alibi_slopes=(1.5 ** -np.arange(1, 19)).astype(np.float32)),
 }
 
 

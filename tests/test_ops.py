@@ -238,6 +238,8 @@ ATTENTION_CASES = [
     (1, 128, [300], 13, 290),
     (2, 100, [64, 64, 64], 64, 128),
     (1, 7, [20, 1, 30], 19, 22),
+    (7, 72, [70, 90], 3, 151),
+    (13, 40, [40, 9, 8], 0, 57),
 ]
 
 
@@ -257,8 +259,12 @@ def test_attention(isa: str, case: int, with_bias: bool) -> None:
     weights = special.softmax(score, axis=1)
     np.testing.assert_allclose(y, weights @ v[begin:end], rtol=2e-5, atol=3e-6)
     assert_same_bits(y, attend("scalar", q, k, v, counts, begin, end, float(scale), bias))
-    # how the positions are cut into spans changes nothing
+    # how the positions are cut into spans changes nothing, and neither do the other heads
     assert_same_bits(y, attend(isa, q, k, v, [total], begin, end, float(scale), bias))
+    for h in range(heads):
+        alone = None if bias is None else bias[h:h + 1]
+        assert_same_bits(y[h:h + 1], attend(isa, q[h:h + 1], k, v, counts, begin, end,
+                                            float(scale), alone))
 
 
 @pytest.mark.parametrize("isa", SETS)

@@ -1,38 +1,60 @@
 /* Attention of one row and one key-value head, written once on top of sixteen lanes.  Included by
  * ops_<set>.c after its lanes_<set>.h and ops_body.h.  Lanes are positions while scores are formed
- * (keys lie interleaved for that) and elements of the head while values are summed. */
+ * (keys lie interleaved for that) and elements of the head while values are summed.  Query heads go
+ * by four, two and one: a key or value that has been read serves all of them. */
 #ifndef QLLM_CPU_ATTENTION_BODY_H
 #define QLLM_CPU_ATTENTION_BODY_H
 
 #include "cpu/cpu_ops.h"
 #include "cpu/ops_body.h"
 
-enum { ATTENTION_CHAINS = 4 };
+enum { ATTENTION_HEADS = QLLM_ATTENTION_HEADS, ATTENTION_CHAINS = 4 };
 
-/* q . k of `chains` panels of 16 positions, from `k` on, into out. */
-QLLM_INLINE void dot_panels(const int chains, const float *q, const float *k, int64_t head_dim,
-                            float *out)
+/* Vectors side by side for `heads` heads: as many sums as there are registers for. */
+QLLM_INLINE int chains_for(const int heads)
 {
-    lanes sum[ATTENTION_CHAINS];
-    LANES_UNROLL
-    for (int c = 0; c < chains; c++)
-        sum[c] = lanes_zero();
-    for (int64_t d = 0; d < head_dim; d++) {
-        lanes value = lanes_set1(q[d]);
-        LANES_UNROLL
-        for (int c = 0; c < chains; c++)
-            sum[c] = lanes_fma(value, lanes_load(k + (c * head_dim + d) * QLLM_KV_PANEL), sum[c]);
-    }
-    LANES_UNROLL
-    for (int c = 0; c < chains; c++)
-        lanes_store(out + c * QLLM_KV_PANEL, sum[c]);
+    return LANES_ATTENTION_SUMS / heads < ATTENTION_CHAINS ? LANES_ATTENTION_SUMS / heads
+                                                           : ATTENTION_CHAINS;
 }
 
-/* The dot products of positions [begin, end) into dots[0 ..]; 16 floats before dots and behind the
- * last one are written too, since panels are whole. */
-static void dot_spans(const qllm_attention *args, const float *q, float *dots)
+/* q . k of `heads` heads and `chains` panels of 16 positions, from `k` on; head h into
+ * out + h * stride. */
+QLLM_INLINE void dot_panels(const int heads, const int chains, const float *q, const float *k,
+                            int64_t head_dim, float *out, int64_t stride)
 {
-    const int64_t panel_size = args->head_dim * QLLM_KV_PANEL;
+    lanes sum[ATTENTION_HEADS][ATTENTION_CHAINS];
+    LANES_UNROLL
+    for (int h = 0; h < heads; h++)
+        LANES_UNROLL
+        for (int c = 0; c < chains; c++)
+            sum[h][c] = lanes_zero();
+    for (int64_t d = 0; d < head_dim; d++) {
+        lanes key[ATTENTION_CHAINS];
+        LANES_UNROLL
+        for (int c = 0; c < chains; c++)
+            key[c] = lanes_load(k + (c * head_dim + d) * QLLM_KV_PANEL);
+        LANES_UNROLL
+        for (int h = 0; h < heads; h++) {
+            lanes value = lanes_set1(q[h * head_dim + d]);
+            LANES_UNROLL
+            for (int c = 0; c < chains; c++)
+                sum[h][c] = lanes_fma(value, key[c], sum[h][c]);
+        }
+    }
+    LANES_UNROLL
+    for (int h = 0; h < heads; h++)
+        LANES_UNROLL
+        for (int c = 0; c < chains; c++)
+            lanes_store(out + h * stride + c * QLLM_KV_PANEL, sum[h][c]);
+}
+
+/* The dot products of positions [begin, end) of `heads` heads; head h into dots + h * stride.  16
+ * floats before each row and behind its last one are written too, since panels are whole. */
+QLLM_INLINE void dot_spans(const int heads, const qllm_attention *args, const float *q, float *dots,
+                           int64_t stride)
+{
+    const int64_t head_dim = args->head_dim, panel_size = head_dim * QLLM_KV_PANEL;
+    const int chains = chains_for(heads);
     int64_t start = 0; /* position of the span's first key */
     for (int64_t s = 0; s < args->n_spans && start < args->end; s++) {
         const qllm_kv_span *span = &args->spans[s];
@@ -40,12 +62,12 @@ static void dot_spans(const qllm_attention *args, const float *q, float *dots)
         int64_t to = args->end - start < span->count ? args->end - start : span->count;
         int64_t panel = from / QLLM_KV_PANEL, panels = (to + QLLM_KV_PANEL - 1) / QLLM_KV_PANEL;
         float *out = dots + (start - args->begin);
-        for (; from < to && panel + ATTENTION_CHAINS <= panels; panel += ATTENTION_CHAINS)
-            dot_panels(ATTENTION_CHAINS, q, span->k + panel * panel_size, args->head_dim,
-                       out + panel * QLLM_KV_PANEL);
+        for (; from < to && panel + chains <= panels; panel += chains)
+            dot_panels(heads, chains, q, span->k + panel * panel_size, head_dim,
+                       out + panel * QLLM_KV_PANEL, stride);
         for (; from < to && panel < panels; panel++)
-            dot_panels(1, q, span->k + panel * panel_size, args->head_dim,
-                       out + panel * QLLM_KV_PANEL);
+            dot_panels(heads, 1, q, span->k + panel * panel_size, head_dim,
+                       out + panel * QLLM_KV_PANEL, stride);
         start += span->count;
     }
 }
@@ -75,15 +97,19 @@ static float softmax_numerators(float *dots, int64_t n, float scale, const float
     return lanes_sum(sum);
 }
 
-/* out[d ..] of `chains` vectors of the head: sum over positions of e_j * v_jd, times `scale`. */
-QLLM_INLINE void sum_values(const int chains, const qllm_attention *args, const float *e, int64_t d,
-                            float scale, float *out)
+/* out[d ..] of `chains` vectors of `heads` heads: sum over positions of e_j * v_jd, times the scale
+ * of the head.  One vector alone may be a part of one. */
+QLLM_INLINE void sum_values(const int heads, const int chains, const bool whole,
+                            const qllm_attention *args, const float *e, int64_t stride, int64_t d,
+                            const float *scale, float *out)
 {
-    lanes sum[ATTENTION_CHAINS];
-    int64_t start = 0, width = width_at(d, args->head_dim);
+    lanes sum[ATTENTION_HEADS][ATTENTION_CHAINS];
+    int64_t start = 0, width = whole ? 16 : width_at(d, args->head_dim);
     LANES_UNROLL
-    for (int c = 0; c < chains; c++)
-        sum[c] = lanes_zero();
+    for (int h = 0; h < heads; h++)
+        LANES_UNROLL
+        for (int c = 0; c < chains; c++)
+            sum[h][c] = lanes_zero();
     for (int64_t s = 0; s < args->n_spans && start < args->end; s++) {
         const qllm_kv_span *span = &args->spans[s];
         int64_t from = args->begin > start ? args->begin - start : 0;
@@ -91,36 +117,57 @@ QLLM_INLINE void sum_values(const int chains, const qllm_attention *args, const 
         const float *weights = e + (start - args->begin);
         for (int64_t j = from; j < to; j++) {
             const float *v = span->v + j * args->head_dim + d;
-            lanes weight = lanes_set1(weights[j]);
+            lanes value[ATTENTION_CHAINS];
             LANES_UNROLL
             for (int c = 0; c < chains; c++)
-                sum[c] = lanes_fma(weight, chains > 1 ? lanes_load(v + 16 * c)
-                                                      : lanes_load_n(v, width), sum[c]);
+                value[c] = whole ? lanes_load(v + 16 * c) : lanes_load_n(v, width);
+            LANES_UNROLL
+            for (int h = 0; h < heads; h++) {
+                lanes weight = lanes_set1(weights[h * stride + j]);
+                LANES_UNROLL
+                for (int c = 0; c < chains; c++)
+                    sum[h][c] = lanes_fma(weight, value[c], sum[h][c]);
+            }
         }
         start += span->count;
     }
     LANES_UNROLL
-    for (int c = 0; c < chains; c++)
-        lanes_store_n(out + d + 16 * c, lanes_mul(sum[c], lanes_set1(scale)),
-                      chains > 1 ? 16 : width);
+    for (int h = 0; h < heads; h++)
+        LANES_UNROLL
+        for (int c = 0; c < chains; c++)
+            lanes_store_n(out + h * args->head_dim + d + 16 * c,
+                          lanes_mul(sum[h][c], lanes_set1(scale[h])), width);
+}
+
+/* The heads first .. first + heads - 1. */
+QLLM_INLINE void attend_heads(const int heads, const qllm_attention *args, int64_t first)
+{
+    int64_t n = args->end - args->begin, stride = qllm_attention_scratch(n, 1), d = 0;
+    float *dots = args->scores + QLLM_KV_PANEL, *out = args->out + first * args->head_dim;
+    float scale[ATTENTION_HEADS];
+    const int chains = chains_for(heads);
+    dot_spans(heads, args, args->q + first * args->head_dim, dots, stride);
+    for (int h = 0; h < heads; h++) {
+        const float *bias = args->bias;
+        if (bias != NULL)
+            bias += (first + h) * args->bias_stride + args->begin;
+        scale[h] = 1.0f / softmax_numerators(dots + h * stride, n, args->scale, bias);
+    }
+    for (; d + 16 * chains <= args->head_dim; d += 16 * chains)
+        sum_values(heads, chains, true, args, dots, stride, d, scale, out);
+    for (; d < args->head_dim; d += 16)
+        sum_values(heads, 1, false, args, dots, stride, d, scale, out);
 }
 
 static void attention(const qllm_attention *args)
 {
-    float *dots = args->scores + QLLM_KV_PANEL;
-    int64_t n = args->end - args->begin, wide = 16 * ATTENTION_CHAINS;
-    for (int64_t h = 0; h < args->heads; h++) {
-        float *out = args->out + h * args->head_dim;
-        const float *bias = args->bias != NULL ? args->bias + h * args->bias_stride + args->begin
-                                               : NULL;
-        dot_spans(args, args->q + h * args->head_dim, dots);
-        float scale = 1.0f / softmax_numerators(dots, n, args->scale, bias);
-        int64_t d = 0;
-        for (; d + wide <= args->head_dim; d += wide)
-            sum_values(ATTENTION_CHAINS, args, dots, d, scale, out);
-        for (; d < args->head_dim; d += 16)
-            sum_values(1, args, dots, d, scale, out);
-    }
+    int64_t h = 0;
+    for (; h + 4 <= args->heads; h += 4)
+        attend_heads(4, args, h);
+    for (; h + 2 <= args->heads; h += 2)
+        attend_heads(2, args, h);
+    for (; h < args->heads; h++)
+        attend_heads(1, args, h);
 }
 
 #endif

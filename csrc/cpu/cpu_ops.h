@@ -12,7 +12,10 @@
 #include "cpu/features.h"
 #include "cpu/packed.h"
 
-enum { QLLM_KV_PANEL = 16 }; /* positions whose keys are interleaved */
+enum {
+    QLLM_KV_PANEL = 16,      /* positions whose keys are interleaved */
+    QLLM_ATTENTION_HEADS = 4 /* query heads that share one reading of keys and values */
+};
 
 /* Keys and values of consecutive positions for one key-value head.  Key element (i, d) lies at
  * k[(i / 16) * head_dim * 16 + d * 16 + i % 16], value element (i, d) at v[i * head_dim + d]. The
@@ -37,13 +40,14 @@ typedef struct qllm_attention {
     float scale;
     const float *bias;      /* bias[h * bias_stride + j] for position j, or NULL */
     int64_t bias_stride;
-    float *scores;          /* scratch: qllm_attention_scratch(end - begin) floats */
+    float *scores;          /* scratch: qllm_attention_scratch(end - begin, heads) floats */
     float *out;             /* (heads, head_dim), contiguous */
 } qllm_attention;
 
-static inline int64_t qllm_attention_scratch(int64_t positions)
+static inline int64_t qllm_attention_scratch(int64_t positions, int64_t heads)
 {
-    return (positions + 2 * QLLM_KV_PANEL + 15) / 16 * 16;
+    int64_t rows = heads < QLLM_ATTENTION_HEADS ? heads : QLLM_ATTENTION_HEADS;
+    return rows * ((positions + 2 * QLLM_KV_PANEL + 15) / 16 * 16);
 }
 
 /* The input of a linear layer: x (m, cols) float32, row r at x + r * stride; for int8 weights also

@@ -15,7 +15,8 @@ enum {
     LANES_FUSED_ROWS = 2,
     LANES_FUSED_CHAINS = 1,
     LANES_BLOCK_ROWS = 6, /* 12 sums, 2 weights and one value of x in 16 registers */
-    LANES_BLOCK_TILES = 1
+    LANES_BLOCK_TILES = 1,
+    LANES_ATTENTION_SUMS = 4
 };
 
 typedef struct lanes { __m256 low, high; } lanes;

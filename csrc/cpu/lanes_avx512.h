@@ -15,7 +15,8 @@ enum {
     LANES_FUSED_ROWS = 4,
     LANES_FUSED_CHAINS = 2,
     LANES_BLOCK_ROWS = 6, /* 24 sums, 4 weights and one value of x in 32 registers */
-    LANES_BLOCK_TILES = 4
+    LANES_BLOCK_TILES = 4,
+    LANES_ATTENTION_SUMS = 16
 };
 
 typedef __m512 lanes;

@@ -18,7 +18,8 @@ enum {
     LANES_FUSED_ROWS = 1,  /* rows of x in one pass of a fused kernel */
     LANES_FUSED_CHAINS = 1, /* groups summed side by side for one row */
     LANES_BLOCK_ROWS = 1,  /* register block of the kernel for many rows: rows of x ... */
-    LANES_BLOCK_TILES = 1  /* ... by tiles of W */
+    LANES_BLOCK_TILES = 1, /* ... by tiles of W */
+    LANES_ATTENTION_SUMS = 4 /* of attention side by side: heads by vectors */
 };
 
 typedef struct lanes { float v[16]; } lanes;

@@ -149,7 +149,18 @@ static int64_t make_spans(const pass *p, const qllm_step_row *row, int64_t kv_he
     return count;
 }
 
-static void attend(const pass *p, int64_t r, int64_t g, const head_layout *at, int thread)
+/* Query heads of one task of attention: some, so that many heads over one key-value head keep more
+ * than one thread busy, and several times as many as share one reading of keys and values. */
+enum { TASK_HEADS = 2 * QLLM_ATTENTION_HEADS };
+
+static int64_t tasks_per_group(const head_layout *at)
+{
+    return (at->group + TASK_HEADS - 1) / TASK_HEADS;
+}
+
+/* Row r, key-value head g, its query heads from `first` on. */
+static void attend(const pass *p, int64_t r, int64_t g, int64_t first, const head_layout *at,
+                   int thread)
 {
     qllm_decoder *d = p->decoder;
     const qllm_decoder_config *c = &d->config;
@@ -157,35 +168,37 @@ static void attend(const pass *p, int64_t r, int64_t g, const head_layout *at, i
     const qllm_step_row *row = &s->row[r];
     qllm_kv_span *spans = s->spans + thread * s->spans_capacity;
     int64_t window = c->sliding_window != NULL ? c->sliding_window[p->layer] : 0;
-    int64_t end = row->position + 1;
+    int64_t end = row->position + 1, head = g * at->group + first;
     bool alibi = c->position == QLLM_POSITION_ALIBI;
     qllm_attention args = {
-        .q = s->qkv + r * s->qkv_stride + g * at->q_group,
-        .heads = at->group,
+        .q = s->qkv + r * s->qkv_stride + g * at->q_group + first * c->head_dim,
+        .heads = at->group - first < TASK_HEADS ? at->group - first : TASK_HEADS,
         .head_dim = c->head_dim,
         .spans = spans,
         .n_spans = make_spans(p, row, g, spans),
         .begin = window > 0 && end > window ? end - window : 0,
         .end = end,
         .scale = c->attention_scale,
-        .bias = alibi ? d->alibi.bias + g * at->group * d->alibi.capacity : NULL,
+        .bias = alibi ? d->alibi.bias + head * d->alibi.capacity : NULL,
         .bias_stride = d->alibi.capacity,
         .scores = s->scores + thread * s->scores_capacity,
-        .out = s->attended + r * s->heads_stride + g * at->group * c->head_dim,
+        .out = s->attended + r * s->heads_stride + head * c->head_dim,
     };
     d->ops->attention(&args);
 }
 
-/* Tasks are (row, key-value head), taken from both ends in turn: later rows of a prompt see more
- * positions, and so every contiguous part of the tasks has about the same work. */
+/* Tasks are (row, key-value head, some of its query heads), taken from both ends in turn: later
+ * rows of a prompt see more positions, and so every contiguous part of the tasks has about the same
+ * work. */
 static void attend_tasks(void *context, int64_t begin, int64_t end, int thread)
 {
     const pass *p = context;
-    int64_t kv_heads = p->decoder->config.kv_heads, tasks = p->n * kv_heads;
     head_layout at = layout_of(&p->decoder->config);
+    int64_t each = tasks_per_group(&at), row = p->decoder->config.kv_heads * each;
+    int64_t tasks = p->n * row;
     for (int64_t i = begin; i < end; i++) {
         int64_t task = i % 2 == 0 ? i / 2 : tasks - 1 - i / 2;
-        attend(p, task / kv_heads, task % kv_heads, &at, thread);
+        attend(p, task / row, task % row / each, task % each * TASK_HEADS, &at, thread);
     }
 }
 
@@ -203,7 +216,8 @@ static void attention(pass *p)
         linear(p, p->part[QLLM_PART_V], x, p->n, s->hidden_stride, s->qkv + at.v, s->qkv_stride);
     }
     run_rows(p, s->qkv_stride, place_rows);
-    run(p, p->n * d->config.kv_heads, p->positions * s->heads_stride, attend_tasks);
+    run(p, p->n * d->config.kv_heads * tasks_per_group(&at), p->positions * s->heads_stride,
+        attend_tasks);
     linear(p, p->part[QLLM_PART_O], s->attended, p->n, s->heads_stride, s->branch,
            s->hidden_stride);
 }

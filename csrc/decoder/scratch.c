@@ -164,5 +164,7 @@ qllm_status qllm_scratch_grow(qllm_decoder *decoder, int64_t rows, int64_t paths
     qllm_status status = grow_rows(decoder, rows, error);
     if (status != QLLM_OK)
         return status;
-    return grow_attention(decoder, paths, spans, qllm_attention_scratch(positions), error);
+    const qllm_decoder_config *c = &decoder->config;
+    int64_t scores = qllm_attention_scratch(positions, c->heads / c->kv_heads);
+    return grow_attention(decoder, paths, spans, scores, error);
 }

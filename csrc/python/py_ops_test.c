@@ -211,8 +211,8 @@ static PyObject *run_attention(const qllm_state *state, const qllm_cpu_ops *ops,
     if (in->bias != NULL && (qllm_array_dim(in->bias, 0) != shape[0] ||
                              qllm_array_dim(in->bias, 1) < in->end))
         return qllm_raise_value(state, "bias: expected (heads, end) or more");
-    if (qllm_alloc(&scores, qllm_attention_scratch(in->end - in->begin), sizeof(float), "scores",
-                   &error) != QLLM_OK)
+    if (qllm_alloc(&scores, qllm_attention_scratch(in->end - in->begin, shape[0]), sizeof(float),
+                   "scores", &error) != QLLM_OK)
         return qllm_raise(state, &error);
     PyObject *result = qllm_array_new(QLLM_ARRAY_F32, 2, shape, &out);
     if (result != NULL) {
