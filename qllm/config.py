@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -83,13 +83,21 @@ class QuantConfig:
             )
 
     @classmethod
-    def from_bnb(cls, config: dict[str, Any]) -> QuantConfig:
+    def from_bnb(cls, config: Mapping[str, Any]) -> QuantConfig:
         """From the members of a `BitsAndBytesConfig` (its `to_dict()`).
 
         `llm_int8_skip_modules` replaces there the default skip of the output embedding, which here
         always holds; names in it stand for themselves and for everything below them.
         """
-        four, eight = bool(config.get("load_in_4bit")), bool(config.get("load_in_8bit"))
+        if not isinstance(config, Mapping):
+            raise QllmValueError(
+                f"the config is a {type(config).__name__}; the dict that to_dict() of a "
+                "BitsAndBytesConfig gives was expected"
+            )
+        four, eight, double = (
+            _flag(config, name)
+            for name in ("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant")
+        )
         if four == eight:
             raise QllmValueError(
                 f"load_in_4bit is {four} and load_in_8bit is {eight}; one of them must be set"
@@ -98,9 +106,13 @@ class QuantConfig:
             format = "int8"
         else:
             format = config.get("bnb_4bit_quant_type", "fp4")
-            if config.get("bnb_4bit_use_double_quant", False):
+            if double:
                 format = f"{format}-dq"
-        names = config.get("llm_int8_skip_modules") or []
+        names = config.get("llm_int8_skip_modules") or ()
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise QllmValueError(
+                f"llm_int8_skip_modules is {quoted(names)}; a list of names was expected"
+            )
         skip = [pattern for name in names for pattern in (f"*{name}", f"*{name}.*")]
         return cls(format, skip=tuple(skip) or None)
 
@@ -163,6 +175,13 @@ class GenerationConfig:
                     + ", ".join(known)
                 )
         return replace(self, **changes)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and type(value) is not bool:
+        raise QllmValueError(f"{name} is {quoted(value)}; True or False was expected")
+    return bool(value)
 
 
 def _number(
