@@ -52,7 +52,7 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
         raise QllmUnsupportedError(
             'saving needs the package safetensors, version 0.8 or later: pip install "qllm[save]"'
         ) from None
-    target = _target(folder)
+    target = folder_path(folder)
     config = _config(model)
     _check_free(target)
     try:
@@ -75,15 +75,16 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _target(folder: Any) -> Path:
-    """The absolute path of the folder to write."""
+def folder_path(folder: Any) -> Path:
+    """The absolute path of a folder that a caller names. Raises `QllmValueError` for what no folder
+    can be called."""
     name = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else folder
     try:
         possible = isinstance(name, str) and name and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise QllmValueError(f"the folder is {quoted(name)}; the path of a new folder was expected")
+        raise QllmValueError(f"the folder is {quoted(name)}; the path of a folder was expected")
     return Path(os.path.abspath(name))
 
 

@@ -176,7 +176,7 @@ def test_names_of_models_are_text_or_paths(folder: Path) -> None:
 
 @pytest.mark.parametrize("target", [None, 3, "", "a\0b", "a\ud800", b"out"])
 def test_folders_to_save_in_are_paths(shared: qllm.Model, target: Any) -> None:
-    refused(["the folder is", "path of a new folder"], lambda: shared.save(target))
+    refused(["the folder is", "path of a folder"], lambda: shared.save(target))
 
 
 def test_a_lone_surrogate_in_the_config_is_no_text(tmp_path: Path) -> None:

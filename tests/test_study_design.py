@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from small_studies import SMALL, TINY
@@ -166,3 +168,25 @@ def test_smoke_is_what_it_says():
     assert len(grid) == 40 and grid[0] == 0.05 and grid[-1] == 2.0
     null = smoke.arm("null")
     assert null.batch_size != smoke.batch_size and null.threads != smoke.threads
+
+
+# ------------------------------------------------------------------------------- names and folders
+
+
+def test_a_model_may_be_named_by_a_path(tmp_path: Path) -> None:
+    """A single path was taken for a list."""
+    assert resolve("smoke", tmp_path).models == (str(tmp_path),)
+    assert resolve("smoke", [tmp_path, "demo:llama"]).models == (str(tmp_path), "demo:llama")
+
+
+@pytest.mark.parametrize("models", [3, b"demo:llama", [3], [b"demo:llama"], [None], [""]])
+def test_models_that_are_no_names(models: Any) -> None:
+    with pytest.raises(QllmValueError, match="models (must be|has an entry of a wrong kind)"):
+        resolve("smoke", models)
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"x", "", "a\0b", "\ud800"])
+def test_folders_that_cannot_be(folder: Any) -> None:
+    for call in (lambda: load(folder), lambda: run("smoke", out=folder, progress=False)):
+        with pytest.raises(QllmValueError, match="the folder is .*; the path of a folder was exp"):
+            call()

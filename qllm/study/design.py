@@ -192,7 +192,7 @@ PROFILES: dict[str, dict[str, Any]] = {"smoke": {"name": "smoke"}}
 
 def resolve(
     design: Design | str | Mapping[str, Any] | os.PathLike[str] = "smoke",
-    models: str | Iterable[str] | None = None,
+    models: str | os.PathLike[str] | Iterable[str] | None = None,
 ) -> Design:
     """A complete design from a design, the name of a profile, a mapping of entries, or the path of
     a JSON file; `models` replaces its models."""
@@ -219,8 +219,8 @@ def resolve(
         )
     if models is None:
         return found
-    named = (models,) if isinstance(models, str) else tuple(models)
-    return replace(found, models=tuple(os.fspath(name) for name in named))
+    one = isinstance(models, (str, os.PathLike))
+    return replace(found, models=(models,) if one else models)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

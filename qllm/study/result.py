@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QllmFileError, QllmValueError
+from ..saving import folder_path
 from ..strict_json import quoted, read_object
 from .design import MAX_DESIGN_BYTES, Design
 
@@ -91,7 +92,7 @@ def load(folder: str | os.PathLike[str]) -> Study:
     require_packages()
     from .tables import TABLES, UNTIMED, read_table
 
-    path = Path(os.path.abspath(folder))
+    path = folder_path(folder)
     if not (path / "design.json").is_file():
         raise QllmFileError(f"{path} holds no study: it has no design.json")
     design = Design.from_dict(read_object(path / "design.json", MAX_DESIGN_BYTES))

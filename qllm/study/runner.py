@@ -24,6 +24,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
+from ..saving import folder_path
 from ..strict_json import read_object
 from .cells import SPEED, OwnText, Task, compute, own_texts
 from .design import MAX_DESIGN_BYTES, Design, differences, resolve
@@ -48,7 +49,7 @@ PACKAGES = ("pandas", "pyarrow", "scipy", "matplotlib", "tqdm")
 
 def run(
     design_or_profile: Design | str | Mapping[str, Any] | os.PathLike[str] = "smoke",
-    models: str | Iterable[str] | None = None,
+    models: str | os.PathLike[str] | Iterable[str] | None = None,
     out: str | os.PathLike[str] = "qllm-study",
     *,
     executor: Executor | None = None,
@@ -76,7 +77,7 @@ def run(
             f" {type(executor).__name__} has not"
         )
     require_packages()
-    folder = Path(os.path.abspath(out))
+    folder = folder_path(out)
     with listening(progress) as tell:
         manifest = _manifest(design)
         _prepare(folder, design, manifest, fresh)
