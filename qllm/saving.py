@@ -46,15 +46,10 @@ _Tensor = tuple[str, str, np.ndarray]
 
 def save(model: Model, folder: str | os.PathLike[str]) -> None:
     """See `Model.save`."""
-    try:
-        from safetensors import TensorSpec, serialize_file
-    except ImportError:
-        raise QllmUnsupportedError(
-            'saving needs the package safetensors, version 0.8 or later: pip install "qllm[save]"'
-        ) from None
-    target = folder_path(folder)
+    target = require_possible(folder)
+    from safetensors import TensorSpec, serialize_file
+
     config = _config(model)
-    _check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -88,16 +83,30 @@ def folder_path(folder: Any) -> Path:
     return Path(os.path.abspath(name))
 
 
-def _check_free(target: Path) -> None:
-    """`target` does not exist, or is an empty folder."""
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir() or target.is_symlink():
-        raise QllmFileError(f"{target} exists and is no folder; choose another name")
-    if any(target.iterdir()):
-        raise QllmFileError(
-            f"{target} is not empty; nothing is overwritten, choose another folder or empty it"
-        )
+def require_possible(folder: Any) -> Path:
+    """The absolute path of a folder to save in, which does not exist or is empty. Raises, before
+    any work, what `save` would raise after it: for a missing package, or a folder in use."""
+    try:
+        from safetensors import TensorSpec, serialize_file  # noqa: F401
+    except ImportError:
+        raise QllmUnsupportedError(
+            'saving needs the package safetensors, version 0.8 or later: pip install "qllm[save]"'
+        ) from None
+    target = folder_path(folder)
+    try:
+        if os.path.lexists(target) and (not target.is_dir() or target.is_symlink()):
+            raise QllmFileError(
+                f"{target} exists and is no folder; nothing is overwritten, choose another name"
+            )
+        if target.is_dir() and any(target.iterdir()):
+            raise QllmFileError(
+                f"{target} is not empty; nothing is overwritten, choose another folder or empty it"
+            )
+    except QllmFileError:
+        raise
+    except OSError as error:
+        raise QllmFileError(f"{target} cannot be used: {error.strerror}") from None
+    return target
 
 
 def _umask() -> int:

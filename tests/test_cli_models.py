@@ -135,6 +135,14 @@ def test_quantize_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert kept.read_text() == "x"
 
 
+def test_quantize_without_safetensors_says_so_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    words = ("quantize", "no:model", "--to", "nf4", "--out", str(tmp_path / "out"))
+    assert "qllm[save]" in error(*words, capsys=capsys)  # before it opens a model
+
+
 def test_quantize_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("quantize", MODEL, "--out", str(tmp_path / "out"), "--to", "nf4")
     assert "*.nothing" in error(*words, "--include", "*.nothing", capsys=capsys)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from typing import Any
 
 import numpy as np
 
 from .. import __version__, _core
-from ..errors import QllmError, QllmFileError, QllmValueError
+from ..errors import QllmError, QllmValueError
 from ..model import Model
 from ..report import text_table
+from ..saving import require_possible
 from .files import print_json
 from .parser import UsageError
 
@@ -92,7 +92,7 @@ def _cuda() -> str:
 
 def quantize(arguments: argparse.Namespace) -> None:
     """Quantizes a model, saves it, and prints what became of every linear layer."""
-    _require_free(arguments.out)
+    require_possible(arguments.out)
     model = load(arguments)
     try:
         report = model.quantize_(
@@ -107,15 +107,3 @@ def quantize(arguments: argparse.Namespace) -> None:
     model.save(arguments.out)
     print(report)
     print(f"saved in {arguments.out}")
-
-
-def _require_free(folder: str) -> None:
-    """Refuses before the work what `Model.save` would refuse after it."""
-    try:
-        used = os.path.lexists(folder) and (not os.path.isdir(folder) or bool(os.listdir(folder)))
-    except (OSError, ValueError) as error:
-        raise QllmFileError(f"{folder} cannot be used: {error}") from None
-    if used:
-        raise QllmFileError(
-            f"{folder} exists and is no empty folder; nothing is overwritten, choose another name"
-        )
