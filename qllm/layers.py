@@ -80,13 +80,13 @@ class Layers:
                 self._states[module] = self._set(linear, config.format, config.blocksize)
                 current = None
                 self._states[module] = self._with_error(linear, self._states[module])
+            changed = {m for m, state in self._states.items() if state is not before[m]}
+            return self._report(changed, reasons)
         except BaseException as error:
             if current is not None:  # an interrupt can come before the change is noted
                 self._note(current)
             self._put_back(before, error)
             raise
-        changed = {module for module, state in self._states.items() if state is not before[module]}
-        return self._report(changed, reasons)
 
     def report(self) -> QuantReport:
         """The report of the layers as they are now."""
@@ -192,8 +192,8 @@ class Layers:
         linear, state = self._modules[module], self._states[module]
         try:
             weight = self._decoder.linear(linear.slot)
-        except QllmError:  # nobody knows: a state of its own, so that it is put back
-            self._states[module] = replace(state)
+        except QllmError:  # nobody knows, so it is put back
+            self._states[module] = replace(state, format="an unknown format")
             return
         if (weight.format, weight.blocksize) != (state.format, state.blocksize):
             self._states[module] = _State(
@@ -202,7 +202,11 @@ class Layers:
 
     def _put_back(self, before: dict[str, _State], error: BaseException) -> None:
         """Every changed layer as it was; when that fails too, an error that names the others."""
-        changed = [module for module in before if self._states[module] is not before[module]]
+        changed = [
+            module
+            for module, state in self._states.items()
+            if (state.format, state.blocksize) != (before[module].format, before[module].blocksize)
+        ]
         for done, module in enumerate(changed):
             state = before[module]
             try:

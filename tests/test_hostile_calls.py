@@ -279,6 +279,23 @@ def test_an_interrupt_just_after_a_layer_was_set_is_undone_too(folder: Path, n: 
     assert np.array_equal(model.logits(IDS), before)
 
 
+def test_an_interrupt_while_the_report_is_made_undoes_the_swap(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report came after the swap, which then stood in spite of the interrupt."""
+    model = qllm.Model.from_pretrained(folder)
+    before, formats = model.logits(IDS), model.formats
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layers.Layers, "_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.quantize_("nf4")
+    assert model.formats == formats and consistent(model)
+    assert np.array_equal(model.logits(IDS), before)
+
+
 def test_a_layer_whose_error_cannot_be_measured_is_put_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,8 +338,10 @@ def test_signals_at_any_moment_leave_a_model_whole() -> None:
                     break
                 except KeyboardInterrupt:
                     interrupted += 1
-                assert model.formats == formats and consistent(model)
-                assert model.decoder.nbytes()["kv_cache"] == 0
+                assert model.decoder.nbytes()["kv_cache"] == 0 and consistent(model)
+                if model.formats != formats:  # it came when all was done
+                    assert set(model.formats.values()) == {"bf16", "nf4"}
+                    break
                 delay *= 1.5
             model.quantize_("original")
             assert np.array_equal(model.logits(IDS), before)
