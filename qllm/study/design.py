@@ -219,8 +219,8 @@ def resolve(
         )
     if models is None:
         return found
-    one = isinstance(models, (str, os.PathLike))
-    return replace(found, models=(models,) if one else models)
+    named: Any = (models,) if isinstance(models, (str, os.PathLike)) else models
+    return replace(found, models=named)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
