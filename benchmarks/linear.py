@@ -3,7 +3,7 @@
     python benchmarks/linear.py --rows 1 --threads 2 --json linear.json
 
 In each round every candidate runs once, in turn, so that all see the same neighbours on the
-machine; what counts is the median over rounds of the ratio to the baseline, torch with bf16 weights.
+machine; what counts is the median over rounds of the ratio to the baseline, torch with bf16.
 Each candidate owns as many copies of W as make up --memory and takes the next one in every round:
 its weights come from memory, as in a large model, not from a cache. Needs
 pip install "qllm[test]".
