@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,18 @@ NOT_TESTED = {
 VERDICTS = ("confirmed", "refuted", "inconclusive", "not tested")
 
 
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the test of a claim may look at: the design, one model, and all that was measured."""
+
+    design: Design
+    model: str
+    cells: Cells
+    frames: Mapping[str, DataFrame]
+    samples: list[dict[str, Any]]
+    intervals: Intervals
+
+
 def make_claims(
     design: Design, cells: Cells, frames: Mapping[str, DataFrame], intervals: Intervals
 ) -> dict[str, DataFrame]:
@@ -66,7 +79,7 @@ def make_claims(
             if claim in NOT_TESTED:
                 rows.append(_untested(claim, model))
                 continue
-            found = list(_TESTS[claim](design, model, cells, frames, samples, intervals))
+            found = list(_TESTS[claim](Evidence(design, model, cells, frames, samples, intervals)))
             rows += [{"claim": claim, "model": model, **row} for row in found] or [
                 _untested(claim, model, "the design has not the arms for it, or no timing")
             ]
@@ -158,32 +171,17 @@ def _four_bit(design: Design) -> list[Arm]:
     ]
 
 
-def _ratios(
-    design: Design,
-    frames: Mapping[str, DataFrame],
-    model: str,
-    phase: str,
-    one: Arm,
-    two: Arm,
-    intervals: Intervals,
-) -> tuple[float, float, float]:
+def _ratios(e: Evidence, phase: str, one: Arm, two: Arm) -> tuple[float, float, float]:
     """Tokens per second, one / two in the same round of timing: median, low, high."""
-    found = speeds(design, frames["speed_rounds"].to_dict("records"), model, phase)
-    return intervals.median(found[one.name] / found[two.name])
+    found = speeds(e.design, e.frames["speed_rounds"].to_dict("records"), e.model, phase)
+    return e.intervals.median(found[one.name] / found[two.name])
 
 
-def _c1a(
-    design: Design,
-    model: str,
-    cells: Cells,
-    frames: Mapping[str, DataFrame],
-    samples: Any,
-    intervals: Intervals,
-) -> Iterator[dict[str, Any]]:
-    margin = design.margins["tokens_per_second"]
-    for one, two in _pairs(design) if design.speed else ():
+def _c1a(e: Evidence) -> Iterator[dict[str, Any]]:
+    margin = e.design.margins["tokens_per_second"]
+    for one, two in _pairs(e.design) if e.design.speed else ():
         for phase in ("decode", "prefill"):
-            found = _ratios(design, frames, model, phase, one, two, intervals)
+            found = _ratios(e, phase, one, two)
             yield _row(
                 f"{one.name} / {two.name}",
                 f"tokens/s, {phase}",
@@ -193,21 +191,14 @@ def _c1a(
             )
 
 
-def _c1b(
-    design: Design,
-    model: str,
-    cells: Cells,
-    frames: Mapping[str, DataFrame],
-    samples: Any,
-    intervals: Intervals,
-) -> Iterator[dict[str, Any]]:
-    margin = design.margins["bytes"]
+def _c1b(e: Evidence) -> Iterator[dict[str, Any]]:
+    margin = e.design.margins["bytes"]
     held = {
         row["arm"]: row["bytes"]
-        for row in frames["weights"].to_dict("records")
-        if row["model"] == model
+        for row in e.frames["weights"].to_dict("records")
+        if row["model"] == e.model
     }
-    for one, two in _pairs(design):
+    for one, two in _pairs(e.design):
         ratio = held[one.name] / held[two.name]
         yield _row(
             f"{one.name} / {two.name}",
@@ -219,22 +210,15 @@ def _c1b(
         )
 
 
-def _c1c(
-    design: Design,
-    model: str,
-    cells: Cells,
-    frames: Mapping[str, DataFrame],
-    samples: Any,
-    intervals: Intervals,
-) -> Iterator[dict[str, Any]]:
-    for one, two in _pairs(design):
+def _c1c(e: Evidence) -> Iterator[dict[str, Any]]:
+    for one, two in _pairs(e.design):
         name = f"{one.name} \u2212 {two.name}"
         sides = [
-            logit_clusters(cells[model, arm.name]["texts"], "all", "ln_ppl_ratio")
+            logit_clusters(e.cells[e.model, arm.name]["texts"], "all", "ln_ppl_ratio")
             for arm in (one, two)
         ]
-        found = intervals.mean(sides[0] - sides[1])
-        margin = design.margins["ln_ppl"]
+        found = e.intervals.mean(sides[0] - sides[1])
+        margin = e.design.margins["ln_ppl"]
         yield _row(
             name,
             "ln perplexity",
@@ -242,9 +226,11 @@ def _c1c(
             margin,
             equivalence(float(found[1]), float(found[2]), margin),
         )
-        curves = [sample_clusters(design, samples, model, arm.name)["rep_4"] for arm in (one, two)]
-        found = intervals.mean(np.nanmean(curves[0] - curves[1], axis=1))
-        margin = design.margins["rep_4"]
+        curves = [
+            sample_clusters(e.design, e.samples, e.model, arm.name)["rep_4"] for arm in (one, two)
+        ]
+        found = e.intervals.mean(np.nanmean(curves[0] - curves[1], axis=1))
+        margin = e.design.margins["rep_4"]
         yield _row(
             name,
             "rep-4, mean over temperatures",
@@ -254,40 +240,33 @@ def _c1c(
         )
 
 
-def _c4(
-    design: Design,
-    model: str,
-    cells: Cells,
-    frames: Mapping[str, DataFrame],
-    samples: Any,
-    intervals: Intervals,
-) -> Iterator[dict[str, Any]]:
+def _c4(e: Evidence) -> Iterator[dict[str, Any]]:
     """Both must hold: the arm parts from the reference more inside the band than around it, and
     its texts change faster with temperature there than the reference's do."""
-    sensitivity = frames["sensitivity"]
-    grid = np.asarray(design.temperatures)
-    plain = sample_clusters(design, samples, model, design.reference.name)
-    for arm in _four_bit(design):
+    sensitivity = e.frames["sensitivity"]
+    grid = np.asarray(e.design.temperatures)
+    plain = sample_clusters(e.design, e.samples, e.model, e.design.reference.name)
+    for arm in _four_bit(e.design):
         chosen = sensitivity[
-            (sensitivity["model"] == model)
+            (sensitivity["model"] == e.model)
             & (sensitivity["arm"] == arm.name)
             & (sensitivity["source"] == "all")
             & (sensitivity["kind"] == "contrast")
             & (sensitivity["measure"] == "disagreement")
         ].iloc[0]
         rows = []
-        margin = design.margins["contrast_disagreement"]
+        margin = e.design.margins["contrast_disagreement"]
         found = [chosen["estimate"], chosen["low"], chosen["high"]]
         rows.append(
             _row(arm.name, "1 - A, band minus surroundings", found, margin, _effect(found, margin))
         )
-        mine = sample_clusters(design, samples, model, arm.name)
+        mine = sample_clusters(e.design, e.samples, e.model, arm.name)
         for measure, label in (("nll_reference", "NLL of the texts"), ("rep_4", "rep-4")):
-            margin = design.margins[f"interaction_{measure.removesuffix('_reference')}"]
+            margin = e.design.margins[f"interaction_{measure.removesuffix('_reference')}"]
             values = slope_contrast(
-                grid, mine[measure] - plain[measure], design.band, design.surroundings
+                grid, mine[measure] - plain[measure], e.design.band, e.design.surroundings
             )
-            found = [float(part) for part in intervals.mean(values)]
+            found = [float(part) for part in e.intervals.mean(values)]
             rows.append(
                 _row(
                     arm.name,
@@ -320,43 +299,29 @@ def _c4_verdict(verdicts: Sequence[str]) -> str:
     return "inconclusive"
 
 
-def _c5(
-    design: Design,
-    model: str,
-    cells: Cells,
-    frames: Mapping[str, DataFrame],
-    samples: Any,
-    intervals: Intervals,
-) -> Iterator[dict[str, Any]]:
-    arm, margin = _arm(design, "int8"), design.margins["tokens_per_second"]
-    if arm is None or design.speed is None:
+def _c5(e: Evidence) -> Iterator[dict[str, Any]]:
+    arm, margin = _arm(e.design, "int8"), e.design.margins["tokens_per_second"]
+    if arm is None or e.design.speed is None:
         return
     for phase in ("decode", "prefill"):
-        found = _ratios(design, frames, model, phase, arm, design.reference, intervals)
+        found = _ratios(e, phase, arm, e.design.reference)
         slower = superiority(1 - found[2], 1 - found[1], margin)
         yield _row(
-            f"{arm.name} / {design.reference.name}", f"tokens/s, {phase}", found, margin, slower
+            f"{arm.name} / {e.design.reference.name}", f"tokens/s, {phase}", found, margin, slower
         )
 
 
-def _c6(
-    design: Design,
-    model: str,
-    cells: Cells,
-    frames: Mapping[str, DataFrame],
-    samples: Any,
-    intervals: Intervals,
-) -> Iterator[dict[str, Any]]:
-    if design.speed is None:
+def _c6(e: Evidence) -> Iterator[dict[str, Any]]:
+    if e.design.speed is None:
         return
-    for arm in design.arms:
+    for arm in e.design.arms:
         if arm.role != "arm":
             continue
         for phase in ("decode", "prefill"):
-            found = _ratios(design, frames, model, phase, arm, design.reference, intervals)
+            found = _ratios(e, phase, arm, e.design.reference)
             faster = "confirmed" if found[2] < 1 else "refuted" if found[1] > 1 else "inconclusive"
             yield _row(
-                f"{arm.name} / {design.reference.name}", f"tokens/s, {phase}", found, 0.0, faster
+                f"{arm.name} / {e.design.reference.name}", f"tokens/s, {phase}", found, 0.0, faster
             )
 
 
