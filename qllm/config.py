@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .bnb import BLOCKSIZES
+from .bnb import FORMATS as QUANTIZED_FORMATS
 from .errors import QllmUnsupportedError, QllmValueError
+from .quantize import BLOCKSIZES
 from .strict_json import lone_surrogate, quoted
 
-QUANTIZED_FORMATS = ("nf4", "fp4", "nf4-dq", "fp4-dq", "int8")
 FLOAT_FORMATS = ("bf16", "f16", "f32")
 ORIGINAL = "original"
 """As a target of `quantize_`: the format in which the folder has the layer."""
@@ -204,15 +204,20 @@ def _number(
 
 def _integer(config: Any, name: str, low: int, high: int) -> int:
     value = getattr(config, name)
-    try:
-        number = low - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = low - 1
-    if not low <= number <= high:
+    number = as_integer(value)
+    if number is None or not low <= number <= high:
         raise QllmValueError(
             f"{name} is {quoted(value)}; an integer from {low} to {high} was expected"
         )
     return number
+
+
+def as_integer(value: Any) -> int | None:
+    """`value` as an int when it is an integer of Python or NumPy, and no bool; else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -243,11 +248,8 @@ def _eos(value: Any) -> tuple[int, ...] | None:
         ids = (value,)
     found = []
     for token in ids:
-        try:
-            number = -1 if isinstance(token, bool) else operator.index(token)
-        except TypeError:
-            number = -1
-        if number < 0:
+        number = as_integer(token)
+        if number is None or number < 0:
             raise QllmValueError(f"eos_token_id has {quoted(token)}; token ids were expected")
         found.append(number)
     return tuple(found)

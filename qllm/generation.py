@@ -8,7 +8,6 @@ alone.
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .config import GenerationConfig
+from .config import GenerationConfig, as_integer
 from .errors import QllmUnsupportedError, QllmValueError
 from .strict_json import quoted
 from .tokenizer import TextStream, Tokenizer
@@ -243,12 +242,11 @@ def token_ids(value: Any, vocab: int, what: str) -> tuple[int, ...]:
             f"{what} is a {type(value).__name__}; token ids were expected"
         ) from None
     for place, item in enumerate(items):
-        try:
-            token = -1 if isinstance(item, bool) else operator.index(item)
-        except TypeError:
+        token = as_integer(item)
+        if token is None:
             raise QllmValueError(
                 f"{what} has {quoted(item)} at position {place}; a token id was expected"
-            ) from None
+            )
         if not 0 <= token < vocab:
             raise QllmValueError(
                 f"{what} has the token id {quoted(item)} at position {place}; ids from 0 to "
@@ -322,11 +320,8 @@ def _is_list(name: str, value: Any) -> bool:
 
 
 def check_prompt_key(value: Any) -> int:
-    try:
-        key = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        key = -1
-    if not 0 <= key < 2**64:
+    key = as_integer(value)
+    if key is None or not 0 <= key < 2**64:
         raise QllmValueError(
             f"prompt_key is {quoted(value)}; an integer from 0 to 2^64 - 1 was expected"
         )
@@ -334,11 +329,8 @@ def check_prompt_key(value: Any) -> int:
 
 
 def check_batch_size(value: Any) -> int:
-    try:
-        size = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        size = 0
-    if size < 1:
+    size = as_integer(value)
+    if size is None or size < 1:
         raise QllmValueError(f"batch_size is {quoted(value)}; a positive integer was expected")
     return size
 

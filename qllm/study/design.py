@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QllmFileError, QllmValueError
+from ..quantize import BLOCKSIZES, FORMATS
 from ..strict_json import quoted, read_object
 from .prompts import OPENINGS, PASSAGES
-
-FORMATS = ("bf16", "f16", "f32", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
-"""Formats that an arm may have."""
 
 ROLES = ("reference", "arm", "null")
 """Of an arm: what the others are compared with; an ordinary arm; the reference computed anew."""
@@ -380,10 +378,10 @@ def _check_models_and_arms(design: Design) -> None:
                 + ", ".join(ROLES)
             )
         what = f"of arm {quoted(arm.name)}"
-        if arm.blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        if arm.blocksize not in BLOCKSIZES:
             raise QllmValueError(
-                f"blocksize {what} must be a power of two from 32 to 4096, not"
-                f" {quoted(arm.blocksize)}"
+                f"blocksize {what} must be a power of two from {BLOCKSIZES[0]} to"
+                f" {BLOCKSIZES[-1]}, not {quoted(arm.blocksize)}"
             )
         for name in ("batch_size", "threads"):
             if getattr(arm, name) is not None:

@@ -203,15 +203,22 @@ def plot_divergence(study: Study) -> Figure:
                 if measure != "kl":  # these span little more than a decade
                     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
                     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-                if row == 0:
-                    axes.set_title(title, loc="left", pad=8)
-                if column == 0:
-                    axes.set_ylabel(label(model), fontweight="bold", labelpad=8)
-                if row == len(design.models) - 1:
-                    axes.set_xlabel("temperature")
+                _label_outside(axes, title, label(model), "temperature")
         _note_band(grid[0][0], design, "bottom")
         _legend(figure, arms)
     return figure
+
+
+def _label_outside(axes: Axes, title: str, row: str, x: str) -> None:
+    """Titles above the top row of a grid, names of rows at its left, what x is below the last."""
+    place = axes.get_subplotspec()
+    assert place is not None
+    if place.is_first_row():
+        axes.set_title(title, loc="left", pad=8)
+    if place.is_first_col():
+        axes.set_ylabel(row, fontweight="bold", labelpad=8)
+    if place.is_last_row():
+        axes.set_xlabel(x)
 
 
 def _note_band(axes: Axes, design: Design, place: str) -> None:
@@ -290,12 +297,7 @@ def plot_generation(study: Study) -> Figure:
                     frame = _some(generation, model=model, arm=arm.name, measure=measure)
                     bold = {"linewidth": 2.6, "zorder": 2.5} if arm.role == "reference" else {}
                     _ribbon(axes, arm, frame, "temperature", marker="o", markersize=2.8, **bold)
-                if row == 0:
-                    axes.set_title(title, loc="left", pad=8)
-                if column == 0:
-                    axes.set_ylabel(label(model), fontweight="bold", labelpad=8)
-                if row == len(design.models) - 1:
-                    axes.set_xlabel("temperature")
+                _label_outside(axes, title, label(model), "temperature")
         _note_band(grid[0][0], design, "top")
         _legend(figure, arms)
     return figure
