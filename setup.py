@@ -5,7 +5,7 @@ QLLM_WERROR=1                                 turns warnings into errors (CI doe
 """
 
 import os
-import platform
+import subprocess
 from pathlib import Path
 
 import numpy
@@ -13,13 +13,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # A file's name ends in the instruction set it may use; the choice among them is made at run time.
-FLAGS_BY_SUFFIX = {
+X86 = {
     "_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
                   "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+# gcc's first scheduling pass moves loads and table look-ups so far ahead on Arm that the sums of a
+# kernel no longer fit into the registers; clang has no such pass, and says so.
+IN_ORDER = ["-fno-schedule-insns", "-Wno-ignored-optimization-argument"]
+ARM64 = {
+    "_neon.c": IN_ORDER,
+    "_neondot.c": ["-march=armv8.2-a+dotprod", *IN_ORDER],
 }
 # -ffp-contract=off: a fused multiply-add stands only where the source says so, since the order and
 # the roundings of every sum are part of the format's definition.
@@ -30,17 +36,28 @@ COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-m
 
 def sources() -> list[str]:
     files = sorted(path.relative_to(HERE).as_posix() for path in (HERE / "csrc").rglob("*.c"))
-    return [file for file in files if X86 or not file.endswith(tuple(FLAGS_BY_SUFFIX))]
+    return files
+
+
+def flags_by_suffix(compiler: list[str]) -> dict[str, list[str]]:
+    """The instruction sets of the machine that `compiler` builds for, which may be another one."""
+    answer = subprocess.run([*compiler, "-dumpmachine"], check=True, capture_output=True, text=True)
+    machine = answer.stdout.split("-")[0]
+    return {"x86_64": X86, "aarch64": ARM64, "arm64": ARM64}.get(machine, {})
 
 
 class BuildExt(build_ext):
-    """Adds each file's own flags to the compiler call."""
+    """Leaves out the files of other machines, and adds each file's own flags to its compilation."""
 
     def build_extensions(self) -> None:
         compile_one = self.compiler._compile
+        sets = flags_by_suffix(self.compiler.compiler_so)
+        foreign = tuple(suffix for suffix in {**X86, **ARM64} if suffix not in sets)
+        for ext in self.extensions:
+            ext.sources = [file for file in ext.sources if not file.endswith(foreign)]
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            extra = [flag for suffix, flags in FLAGS_BY_SUFFIX.items() if src.endswith(suffix)
+            extra = [flag for suffix, flags in sets.items() if src.endswith(suffix)
                      for flag in flags]
             compile_one(obj, src, ext, cc_args, list(extra_postargs) + extra, pp_opts)
 

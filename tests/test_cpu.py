@@ -8,6 +8,7 @@ skipped test.
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -63,18 +64,32 @@ def test_cpu_info() -> None:
     assert 1 <= INFO["threads_available"] <= (os.cpu_count() or 1)
 
 
-def test_the_sets_are_those_that_the_kernel_reports() -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or "x86_64" not in os.uname().machine:
-        assert INFO["compiled"] == ["scalar"] or sys.platform == "darwin"
-        return
-    flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+def x86_sets() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    flags = next(line for line in cpuinfo.splitlines() if line.startswith("flags"))
     has = set(flags.split()).issuperset
     avx2 = has({"avx2", "fma", "f16c"})
     avx512 = avx2 and has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
-    assert INFO["compiled"] == ["scalar", "avx2", "avx512"]
-    assert [isa for isa in INFO["compiled"] if isa in SETS] == (
-        ["scalar"] + ["avx2"] * avx2 + ["avx512"] * avx512)
+    return ["scalar"] + ["avx2"] * avx2 + ["avx512"] * avx512
+
+
+def arm_sets() -> list[str]:
+    """By the vector that every program is given; /proc/cpuinfo is not that of an emulated machine."""
+    auxv = np.frombuffer(Path("/proc/self/auxv").read_bytes(), np.uint64).reshape(-1, 2)
+    hwcap = dict(auxv.tolist())[16]
+    return ["scalar", "neon"] + ["neondot"] * bool(hwcap & 1 << 20)
+
+
+def test_the_sets_are_those_that_the_kernel_reports() -> None:
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
+        assert set(INFO["compiled"]) <= {"scalar", "neon", "neondot"}
+    elif machine == "x86_64":
+        assert INFO["compiled"] == ["scalar", "avx2", "avx512"]
+        assert SETS == x86_sets()
+    else:
+        assert INFO["compiled"] == ["scalar", "neon", "neondot"]
+        assert SETS == arm_sets()
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -110,7 +125,7 @@ def test_an_unknown_set_is_refused_with_those_that_run_here(monkeypatch: pytest.
     for call in (lambda: w.matmul(x), _core.cpu_info, lambda: _core.linear_name(w, 1)):
         with pytest.raises(QllmValueError, match=r"QLLM_CPU: instruction set 'AVX2' is not known"):
             call()
-    for isa in {"avx2", "avx512"} - set(SETS):
+    for isa in {"avx2", "avx512", "neon", "neondot"} - set(SETS):
         with pytest.raises(QllmUnsupportedError, match=f"'{isa}' is not"):
             w.matmul(x, isa=isa)
 

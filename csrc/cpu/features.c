@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #if defined(__x86_64__)
@@ -64,6 +66,56 @@ static qllm_cpu_features detect(void)
     return f;
 }
 
+#elif defined(__aarch64__) && defined(__linux__)
+
+/* Bits of AT_HWCAP: Documentation/arch/arm64/elf_hwcaps.rst of the Linux kernel. */
+enum { HAS_CPUID = 1 << 11, HAS_DOTPROD = 1 << 20 };
+
+/* Implementer and part number of a core as MIDR_EL1 holds them (Arm's manuals of these cores). */
+static const struct { uint32_t implementer, part; const char *name; } cores[] = {
+    {0x41, 0xd03, "Arm Cortex-A53"},    {0x41, 0xd05, "Arm Cortex-A55"},
+    {0x41, 0xd07, "Arm Cortex-A57"},    {0x41, 0xd08, "Arm Cortex-A72"},
+    {0x41, 0xd09, "Arm Cortex-A73"},    {0x41, 0xd0a, "Arm Cortex-A75"},
+    {0x41, 0xd0b, "Arm Cortex-A76"},    {0x41, 0xd0c, "Arm Neoverse N1"},
+    {0x41, 0xd40, "Arm Neoverse V1"},   {0x41, 0xd49, "Arm Neoverse N2"},
+    {0x41, 0xd4f, "Arm Neoverse V2"},   {0xc0, 0xac3, "Ampere Ampere-1"},
+};
+
+/* With HAS_CPUID the kernel answers a program's reading of this register. */
+static void read_model(char model[64])
+{
+    uint64_t midr;
+    __asm__("mrs %0, MIDR_EL1" : "=r"(midr));
+    uint32_t implementer = (uint32_t)(midr >> 24) & 255u, part = (uint32_t)(midr >> 4) & 4095u;
+    for (size_t i = 0; i < sizeof cores / sizeof *cores; i++)
+        if (cores[i].implementer == implementer && cores[i].part == part)
+            memcpy(model, cores[i].name, strlen(cores[i].name) + 1);
+}
+
+static qllm_cpu_features detect(void)
+{
+    qllm_cpu_features f = {.model = "", .neon = true};
+    unsigned long has = getauxval(AT_HWCAP);
+    if (has & HAS_CPUID)
+        read_model(f.model);
+    f.dotprod = (has & HAS_DOTPROD) != 0;
+    return f;
+}
+
+#else
+
+/* Elsewhere nothing is asked. */
+static qllm_cpu_features detect(void)
+{
+    qllm_cpu_features f = {.model = ""};
+#if defined(__aarch64__)
+    f.neon = true;
+#endif
+    return f;
+}
+
+#endif
+
 /* Before main: no other thread can look while it is written. */
 static qllm_cpu_features features;
 
@@ -72,18 +124,13 @@ __attribute__((constructor)) static void detect_once(void)
     features = detect();
 }
 
-#else
-
-static const qllm_cpu_features features = {.model = ""};
-
-#endif
-
 const qllm_cpu_features *qllm_cpu_features_get(void)
 {
     return &features;
 }
 
-static const char *const isa_names[QLLM_ISA_COUNT] = {"scalar", "avx2", "avx512"};
+static const char *const isa_names[QLLM_ISA_COUNT] = {"scalar", "avx2", "avx512", "neon",
+                                                      "neondot"};
 
 const char *qllm_isa_name(qllm_isa isa)
 {
@@ -92,11 +139,17 @@ const char *qllm_isa_name(qllm_isa isa)
 
 bool qllm_isa_compiled(qllm_isa isa)
 {
+    switch (isa) {
+    case QLLM_ISA_SCALAR: return true;
 #if defined(__x86_64__)
-    return isa >= QLLM_ISA_SCALAR && isa < QLLM_ISA_COUNT;
-#else
-    return isa == QLLM_ISA_SCALAR;
+    case QLLM_ISA_AVX2:
+    case QLLM_ISA_AVX512: return true;
+#elif defined(__aarch64__)
+    case QLLM_ISA_NEON:
+    case QLLM_ISA_NEONDOT: return true;
 #endif
+    default: return false;
+    }
 }
 
 bool qllm_isa_supported(qllm_isa isa)
@@ -109,7 +162,9 @@ bool qllm_isa_supported(qllm_isa isa)
     case QLLM_ISA_AVX2: return avx2;
     case QLLM_ISA_AVX512:
         return avx2 && f->avx512f && f->avx512bw && f->avx512vl && f->avx512dq && f->avx512vnni;
-    default: return isa == QLLM_ISA_SCALAR;
+    case QLLM_ISA_NEON: return f->neon;
+    case QLLM_ISA_NEONDOT: return f->neon && f->dotprod;
+    default: return true;
     }
 }
 

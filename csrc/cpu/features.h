@@ -1,5 +1,5 @@
-/* What the processor and the operating system allow, asked once: CPUID and, for the register state
- * that the system saves, XGETBV. */
+/* What the processor and the operating system allow, asked once: on x86 CPUID and, for the register
+ * state that the system saves, XGETBV; on 64-bit Arm what Linux tells a program at its start. */
 #ifndef QLLM_CPU_FEATURES_H
 #define QLLM_CPU_FEATURES_H
 
@@ -11,18 +11,21 @@ typedef enum qllm_isa {
     QLLM_ISA_SCALAR = 0,
     QLLM_ISA_AVX2 = 1,   /* AVX2, FMA, F16C */
     QLLM_ISA_AVX512 = 2, /* AVX-512 F, BW, VL, DQ and VNNI, besides the above */
-    QLLM_ISA_COUNT = 3
+    QLLM_ISA_NEON = 3,   /* Armv8-A, which has Advanced SIMD with fused multiply-add */
+    QLLM_ISA_NEONDOT = 4, /* the dot product extension of Armv8.2 besides */
+    QLLM_ISA_COUNT = 5
 } qllm_isa;
 
 typedef struct qllm_cpu_features {
-    char model[64]; /* the processor's brand string, "" where there is none */
+    char model[64]; /* the processor's name, "" where it is not known */
     bool avx2, fma, f16c;
     bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
+    bool neon, dotprod;
 } qllm_cpu_features;
 
 const qllm_cpu_features *qllm_cpu_features_get(void);
 
-const char *qllm_isa_name(qllm_isa isa);   /* "scalar", "avx2", "avx512" */
+const char *qllm_isa_name(qllm_isa isa);   /* "scalar", "avx2", ... */
 bool qllm_isa_compiled(qllm_isa isa);      /* part of this build */
 bool qllm_isa_supported(qllm_isa isa);     /* compiled, and this machine can run it */
 

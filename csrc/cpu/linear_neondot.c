@@ -1,0 +1,15 @@
+#include "cpu/lanes_neon.h"
+
+#include "cpu/kernels.h"
+#include "cpu/linear_table.h"
+
+void qllm_linear_neondot(const qllm_packed *weight, const float *bias, const qllm_rows *rows,
+                    int64_t tile_begin, int64_t tile_end, float *y, int64_t y_stride)
+{
+    linear_any(weight, bias, rows, tile_begin, tile_end, y, y_stride);
+}
+
+const char *qllm_linear_name_neondot(const qllm_packed *weight, int64_t m)
+{
+    return linear_any_name(weight, m);
+}
