@@ -1,21 +1,8 @@
 #include "core/exp.h"
 
-enum { BLOCK = 256 }; /* a multiple of the four lanes of the sum */
-
-double qllm_exp_weights(const float *logits, int64_t count, double max, double inverse_temperature,
-                        double *weights)
-{
-    double block[BLOCK], lanes[4] = {0, 0, 0, 0};
-    for (int64_t start = 0; start < count; start += BLOCK) {
-        int64_t n = count - start < BLOCK ? count - start : BLOCK, i = 0;
-        double *out = weights ? weights + start : block;
-        for (i = 0; i < n; i++)
-            out[i] = qllm_exp(((double)logits[start + i] - max) * inverse_temperature);
-        for (i = 0; i + 4 <= n; i += 4)
-            for (int lane = 0; lane < 4; lane++)
-                lanes[lane] += out[i + lane];
-        for (; i < n; i++)
-            lanes[i % 4] += out[i];
-    }
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-}
+const uint64_t qllm_exp2_table[16] = {
+    0x3ff0000000000000, 0x3fefb5586cf9890f, 0x3fef72b83c7d517b, 0x3fef387a6e756238,
+    0x3fef06fe0a31b715, 0x3feedea64c123422, 0x3feebfdad5362a27, 0x3feeab07dd485429,
+    0x3feea09e667f3bcd, 0x3feea11473eb0187, 0x3feeace5422aa0db, 0x3feec49182a3f090,
+    0x3feee89f995ad3ad, 0x3fef199bdd85529c, 0x3fef5818dcfba487, 0x3fefa4afa2a490da,
+};

@@ -5,19 +5,16 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "core/checked.h"
 #include "core/exp.h"
 
-/* The tokens that either row can draw, sorted by test - ref from the largest down; then up to
- * LANES - 1 tokens that neither can draw, so that the sums run over whole groups of LANES. */
+/* The two rows, sorted, and where their parts lie in the scratch. */
 typedef struct pair {
-    int64_t count;    /* a multiple of LANES */
-    uint64_t *keys;   /* (count) ascending; equal keys are equal test - ref */
-    float *ref;       /* (count) logits */
-    float *test;      /* (count) */
-    double *p;        /* (count) the two distributions at the temperature at hand */
-    double *q;        /* (count) */
+    float *ref, *test;  /* (groups, 16): see qllm_pair */
+    double *p, *q;      /* (groups, 16); before that, the two buffers of the sort */
+    float *tops;
+    int64_t groups;
     double ref_max, test_max;
+    double ref_alone, test_alone; /* the largest logit, less the maximum, that only that row has */
 } pair;
 
 /* A row of logits before sorting. */
@@ -26,33 +23,59 @@ typedef struct row_top {
     double max;
 } row_top;
 
-enum { DIGIT_BITS = 11, BUCKETS = 1 << DIGIT_BITS, LANES = 4, BLOCK = 256 };
+enum { DIGIT_BITS = 11, BUCKETS = 1 << DIGIT_BITS, DIGITS = 3, FEW = 64 };
+
+/* Places for a vocabulary in whole groups. */
+static int64_t room_for(int64_t vocab)
+{
+    return (vocab + QLLM_LANES - 1) / QLLM_LANES * QLLM_LANES;
+}
 
 int64_t qllm_logit_stats_scratch(int64_t vocab)
 {
-    int64_t bytes, each = 4 * sizeof(uint64_t) + 2 * sizeof(float) + 2 * sizeof(int32_t);
-    if (vocab < 1 || vocab > INT32_MAX || !qllm_checked_round_up(vocab, LANES, &vocab) ||
-        !qllm_checked_mul(vocab, each, &bytes))
+    if (vocab < 1 || vocab > INT32_MAX)
         return -1;
-    return bytes;
+    return room_for(vocab) * (int64_t)(2 * sizeof(double) + 2 * sizeof(float)) +
+           qllm_tiles(vocab) * (int64_t)sizeof(float);
 }
 
-static qllm_status check_row(const float *logits, int64_t vocab, const char *name, row_top *top,
+static pair carve(void *scratch, int64_t vocab)
+{
+    int64_t room = room_for(vocab);
+    pair s = {.p = scratch, .ref_alone = -INFINITY, .test_alone = -INFINITY};
+    s.q = s.p + room;
+    s.ref = (float *)(s.q + room);
+    s.test = s.ref + room;
+    s.tops = s.test + room;
+    return s;
+}
+
+static qllm_status bad_logit(const float *logits, int64_t vocab, const char *name,
                              qllm_error *error)
 {
-    int64_t best = 0;
-    for (int64_t i = 0; i < vocab; i++) {
-        if (!(logits[i] < INFINITY))
-            return qllm_fail(error, QLLM_VALUE, "%s: token %" PRId64 " of %" PRId64 " is %s; "
-                             "logits are finite numbers, or -inf for tokens that cannot be drawn",
-                             name, i, vocab, isnan(logits[i]) ? "NaN" : "+inf");
-        if (logits[i] > logits[best])
-            best = i;
-    }
-    if (logits[best] == -INFINITY)
+    int64_t i = 0;
+    while (i < vocab - 1 && logits[i] < INFINITY)
+        i++;
+    return qllm_fail(error, QLLM_VALUE, "%s: token %" PRId64 " of %" PRId64 " is %s; "
+                     "logits are finite numbers, or -inf for tokens that cannot be drawn",
+                     name, i, vocab, isnan(logits[i]) ? "NaN" : "+inf");
+}
+
+static qllm_status check_row(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                             const char *name, float *tops, row_top *top, qllm_error *error)
+{
+    float max;
+    if (!ops->scan(logits, vocab, tops, &max))
+        return bad_logit(logits, vocab, name, error);
+    if (max == -INFINITY)
         return qllm_fail(error, QLLM_VALUE, "%s: all %" PRId64 " tokens are -inf, so that none can "
                          "be drawn", name, vocab);
-    *top = (row_top){best, logits[best]};
+    int64_t tile = 0, i;
+    while (tile < qllm_tiles(vocab) - 1 && tops[tile] < max)
+        tile++;
+    for (i = tile * QLLM_TILE; i < vocab - 1 && logits[i] < max; i++)
+        continue;
+    *top = (row_top){i, max};
     return QLLM_OK;
 }
 
@@ -79,138 +102,157 @@ static uint64_t descending_key(double value)
     uint64_t bits;
     value += 0.0; /* -0 and 0 are one number */
     memcpy(&bits, &value, sizeof bits);
-    return bits >> 63 ? bits : ~(bits | UINT64_C(1) << 63);
+    return bits ^ (~(uint64_t)((int64_t)bits >> 63) & UINT64_C(0x7fffffffffffffff));
 }
 
-/* One pass of a radix sort by the digit at `shift`; false where all share it and nothing moved. */
-static bool sort_digit(const uint64_t *keys, const int32_t *ids, int64_t n, int shift,
-                       uint64_t *keys_out, int32_t *ids_out)
+static uint64_t key_of(const float *ref, const float *test, int64_t id)
 {
-    int64_t starts[BUCKETS] = {0}, start = 0;
+    return descending_key((double)test[id] - (double)ref[id]);
+}
+
+/* Sorts items by their upper halves, equals as they came: a radix sort of three digits, each left
+ * out where all items share it.  Returns where the result is, `items` or `other`. */
+static uint64_t *sort_items(uint64_t *items, uint64_t *other, int64_t n)
+{
+    int32_t starts[DIGITS][BUCKETS] = {{0}};
     for (int64_t i = 0; i < n; i++)
-        starts[(keys[i] >> shift) % BUCKETS]++;
-    if (starts[(keys[0] >> shift) % BUCKETS] == n)
-        return false;
-    for (int64_t b = 0; b < BUCKETS; b++) {
-        int64_t size = starts[b];
-        starts[b] = start;
-        start += size;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        int64_t to = starts[(keys[i] >> shift) % BUCKETS]++;
-        keys_out[to] = keys[i];
-        ids_out[to] = ids[i];
-    }
-    return true;
-}
-
-/* Sorts the tokens once for all temperatures.  Tokens that neither row can draw are left out. */
-static pair sort_pair(const float *ref, const float *test, int64_t vocab, void *scratch)
-{
-    pair s = {.keys = scratch};
-    int64_t room = (vocab + LANES - 1) / LANES * LANES;
-    uint64_t *keys = s.keys, *keys_other = keys + room, *keys_swap;
-    s.p = (double *)(keys_other + room);
-    s.q = s.p + room;
-    s.ref = (float *)(s.q + room);
-    s.test = s.ref + room;
-    int32_t *ids = (int32_t *)(s.test + room), *ids_other = ids + room, *ids_swap;
-    for (int64_t i = 0; i < vocab; i++) {
-        if (ref[i] == -INFINITY && test[i] == -INFINITY)
+        for (int d = 0; d < DIGITS; d++)
+            starts[d][(items[i] >> (32 + d * DIGIT_BITS)) % BUCKETS]++;
+    for (int d = 0; d < DIGITS; d++) {
+        int shift = 32 + d * DIGIT_BITS;
+        int32_t start = 0;
+        if (starts[d][(items[0] >> shift) % BUCKETS] == n)
             continue;
-        keys[s.count] = descending_key((double)test[i] - (double)ref[i]);
-        ids[s.count++] = (int32_t)i;
-    }
-    for (int shift = 0; shift < 64; shift += DIGIT_BITS)
-        if (sort_digit(keys, ids, s.count, shift, keys_other, ids_other)) {
-            keys_swap = keys, keys = keys_other, keys_other = keys_swap;
-            ids_swap = ids, ids = ids_other, ids_other = ids_swap;
+        for (int b = 0; b < BUCKETS; b++) {
+            int32_t size = starts[d][b];
+            starts[d][b] = start;
+            start += size;
         }
-    s.keys = keys;
-    for (int64_t i = 0; i < s.count; i++) {
-        s.ref[i] = ref[ids[i]];
-        s.test[i] = test[ids[i]];
+        for (int64_t i = 0; i < n; i++)
+            other[starts[d][(items[i] >> shift) % BUCKETS]++] = items[i];
+        uint64_t *swap = items;
+        items = other;
+        other = swap;
     }
-    for (; s.count % LANES != 0; s.count++) {
-        s.ref[s.count] = s.test[s.count] = -INFINITY;
-        s.keys[s.count] = UINT64_MAX;
-    }
-    return s;
+    return items;
 }
 
-/* out = softmax(logits / temperature); returns sum exp((logit - max) / temperature). */
-static double softmax(const float *logits, int64_t count, double max, double inverse_temperature,
-                      double *out)
+/* Sorts a run of items that share the upper half of their keys by the whole keys. */
+static void sort_run(const float *ref, const float *test, uint64_t *run, uint64_t *other, int64_t n)
 {
-    double total = qllm_exp_weights(logits, count, max, inverse_temperature, out);
-    double scale = 1 / total;
-    for (int64_t i = 0; i < count; i++)
-        out[i] *= scale;
+    uint64_t before = 0;
+    bool sorted = true;
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t key = key_of(ref, test, (int64_t)(run[i] & UINT32_MAX));
+        sorted &= key >= before;
+        before = key;
+    }
+    if (sorted)
+        return;
+    if (n > FEW) {
+        for (int64_t i = 0; i < n; i++) {
+            uint64_t id = run[i] & UINT32_MAX;
+            run[i] = key_of(ref, test, (int64_t)id) << 32 | id;
+        }
+        uint64_t *result = sort_items(run, other, n);
+        if (result != run)
+            memcpy(run, result, (size_t)n * sizeof *run);
+        return;
+    }
+    for (int64_t i = 1; i < n; i++) {
+        uint64_t item = run[i], key = key_of(ref, test, (int64_t)(item & UINT32_MAX));
+        int64_t at = i;
+        for (; at > 0 && key_of(ref, test, (int64_t)(run[at - 1] & UINT32_MAX)) > key; at--)
+            run[at] = run[at - 1];
+        run[at] = item;
+    }
+}
+
+/* Writes down the tokens that either row can draw: half a key above, the id below. */
+static int64_t write_items(const float *ref, const float *test, int64_t vocab, pair *s,
+                           uint64_t *items)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < vocab; i++) {
+        items[count] = (key_of(ref, test, i) & ~(uint64_t)UINT32_MAX) | (uint64_t)i;
+        count += ref[i] > -INFINITY || test[i] > -INFINITY;
+        if (test[i] == -INFINITY && ref[i] - s->ref_max > s->ref_alone)
+            s->ref_alone = ref[i] - s->ref_max;
+        if (ref[i] == -INFINITY && test[i] - s->test_max > s->test_alone)
+            s->test_alone = test[i] - s->test_max;
+    }
+    return count;
+}
+
+/* Sorts the tokens by test - ref, from the largest down, once for all temperatures, equals by
+ * their ids, and lays both rows out lane by lane. */
+static void sort_pair(const float *ref, const float *test, int64_t vocab, pair *s)
+{
+    uint64_t *items = (uint64_t *)(void *)s->p, *other = (uint64_t *)(void *)s->q;
+    int64_t count = write_items(ref, test, vocab, s, items), run = 0;
+    if (sort_items(items, other, count) == other) {
+        other = items;
+        items = (uint64_t *)(void *)s->q;
+    }
+    for (int64_t i = 1; i <= count; i++) {
+        if (i < count && items[i] >> 32 == items[run] >> 32)
+            continue;
+        if (i - run > 1)
+            sort_run(ref, test, items + run, other + run, i - run);
+        run = i;
+    }
+    s->groups = (count + QLLM_LANES - 1) / QLLM_LANES;
+    for (int64_t k = 0; k < s->groups; k++)
+        for (int64_t lane = 0; lane < QLLM_LANES; lane++) {
+            int64_t from = lane * s->groups + k, to = k * QLLM_LANES + lane;
+            int64_t id = from < count ? (int64_t)(items[from] & UINT32_MAX) : 0;
+            s->ref[to] = from < count ? ref[id] : -INFINITY;
+            s->test[to] = from < count ? test[id] : -INFINITY;
+        }
+}
+
+/* Weights of a sorted row at one temperature; returns their sum.  above (16): the shares of the
+ * weight that the lanes before each hold. */
+static double weigh(const qllm_logit_ops *ops, const float *logits, int64_t groups, double max,
+                    double factor, double *weights, double above[QLLM_LANES])
+{
+    double sums[QLLM_LANES], before = 0;
+    ops->weights(logits, groups * QLLM_LANES, max, factor, weights, sums);
+    double total = qllm_lane_sum(sums);
+    for (int j = 0; j < QLLM_LANES; j++) {
+        above[j] = before * (1 / total);
+        before += sums[j];
+    }
     return total;
 }
 
-static double sum_lanes(const double lanes[LANES])
+/* With a = ref - max and b likewise, log p = a / T - log of p's total, so that for equal rows every
+ * difference is 0. */
+static void compare(const qllm_logit_ops *ops, const pair *s, double inverse, double totals[2],
+                    const qllm_logit_stats *out, int64_t t)
 {
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-}
-
-/* The sums over tokens that need no order.  With a = ref - max and b likewise, log p = a / T - log
- * of total_p, so that for equal rows every difference below is 0.  A product with a probability of
- * 0 is 0, also where the logit is -inf. */
-static void divergences(const pair *s, double inverse_temperature, double total_p, double total_q,
-                        const qllm_logit_stats *out, int64_t t)
-{
-    double kl[LANES] = {0}, kl_reverse[LANES] = {0}, tv[LANES] = {0};
-    double mean_a[LANES] = {0}, mean_b[LANES] = {0};
-    for (int64_t i = 0; i < s->count; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            double p = s->p[i + lane], q = s->q[i + lane];
-            double a = (double)s->ref[i + lane] - s->ref_max;
-            double b = (double)s->test[i + lane] - s->test_max;
-            kl[lane] += p > 0 ? p * (a - b) : 0;
-            kl_reverse[lane] += q > 0 ? q * (b - a) : 0;
-            mean_a[lane] += p > 0 ? p * a : 0;
-            mean_b[lane] += q > 0 ? q * b : 0;
-            tv[lane] += fabs(p - q);
-        }
-    double log_p = log(total_p), log_q = log(total_q), shift = log_q - log_p;
+    double factor = qllm_weight_factor(inverse);
+    qllm_pair pair = {.groups = s->groups, .ref = s->ref, .test = s->test, .p = s->p, .q = s->q,
+                      .ref_max = s->ref_max, .test_max = s->test_max};
+    qllm_pair_sums sums;
+    totals[0] = weigh(ops, s->ref, s->groups, s->ref_max, factor, s->p, pair.p_above);
+    totals[1] = weigh(ops, s->test, s->groups, s->test_max, factor, s->q, pair.q_above);
+    pair.p_scale = 1 / totals[0];
+    pair.q_scale = 1 / totals[1];
+    ops->pair_sums(&pair, &sums);
+    double log_p = log(totals[0]), log_q = log(totals[1]), shift = log_q - log_p;
     /* rounding can leave a negative trace of what is never negative */
-    out->kl[t] = fmax(sum_lanes(kl) * inverse_temperature + shift, 0);
-    out->kl_reverse[t] = fmax(sum_lanes(kl_reverse) * inverse_temperature - shift, 0);
-    out->tv[t] = fmin(0.5 * sum_lanes(tv), 1);
-    out->entropy_ref[t] = log_p - sum_lanes(mean_a) * inverse_temperature;
-    out->entropy_test[t] = log_q - sum_lanes(mean_b) * inverse_temperature;
-    out->max_ref[t] = 1 / total_p;
-}
-
-/* 1 - A: with P and Q the masses of the tokens of larger q / p, e = Q p / q - P, and the term
- * p e / (1 + e) is p f / (q + f) with f = Q p - P q, which neither over- nor underflows.  Tokens of
- * equal q / p see the same P and Q. */
-static double disagreement(const pair *s)
-{
-    double f[BLOCK], lanes[LANES] = {0};
-    double mass_p = 0, mass_q = 0, above_p = 0, above_q = 0;
-    uint64_t key = s->keys[0];
-    for (int64_t start = 0; start < s->count; start += BLOCK) {
-        int64_t n = s->count - start < BLOCK ? s->count - start : BLOCK;
-        const double *p = s->p + start, *q = s->q + start;
-        for (int64_t i = 0; i < n; i++) {
-            if (s->keys[start + i] != key) {
-                key = s->keys[start + i];
-                above_p = mass_p;
-                above_q = mass_q;
-            }
-            f[i] = above_q * p[i] - above_p * q[i];
-            mass_p += p[i];
-            mass_q += q[i];
-        }
-        for (int64_t i = 0; i < n; i += LANES)
-            for (int lane = 0; lane < LANES; lane++) {
-                double part = f[i + lane] / (q[i + lane] + f[i + lane]);
-                lanes[lane] += f[i + lane] > 0 ? p[i + lane] * part : 0;
-            }
-    }
-    return fmin(sum_lanes(lanes), 1);
+    out->kl[t] = fmax(qllm_lane_sum(sums.kl) * inverse + shift, 0);
+    out->kl_reverse[t] = fmax(qllm_lane_sum(sums.kl_reverse) * inverse - shift, 0);
+    if (qllm_exp2(s->ref_alone * factor) > 0)
+        out->kl[t] = INFINITY;
+    if (qllm_exp2(s->test_alone * factor) > 0)
+        out->kl_reverse[t] = INFINITY;
+    out->tv[t] = fmin(0.5 * qllm_lane_sum(sums.tv), 1);
+    out->disagreement[t] = fmin(qllm_lane_sum(sums.disagreement), 1);
+    out->entropy_ref[t] = log_p - qllm_lane_sum(sums.mean_a) * inverse;
+    out->entropy_test[t] = log_q - qllm_lane_sum(sums.mean_b) * inverse;
+    out->max_ref[t] = pair.p_scale;
 }
 
 /* Temperature 0: both distributions are one-hot. */
@@ -225,38 +267,37 @@ static void greedy(row_top ref, row_top test, int64_t target, const qllm_logit_s
     out->delta_p[t] = (test.argmax == target) - (ref.argmax == target);
 }
 
-qllm_status qllm_logit_stats_row(const float *ref, const float *test, int64_t vocab,
-                                 const double *temperatures, int64_t n_temperatures, int64_t target,
-                                 void *scratch, const qllm_logit_stats *out, int *same_top,
-                                 qllm_error *error)
+qllm_status qllm_logit_stats_row(const qllm_logit_ops *ops, const float *ref, const float *test,
+                                 int64_t vocab, const double *temperatures, int64_t n_temperatures,
+                                 int64_t target, void *scratch, const qllm_logit_stats *out,
+                                 int *same_top, qllm_error *error)
 {
     row_top ref_top, test_top;
     qllm_status status = check_arguments(vocab, temperatures, n_temperatures, target, error);
+    if (status != QLLM_OK)
+        return status;
+    pair s = carve(scratch, vocab);
+    status = check_row(ops, ref, vocab, "ref", s.tops, &ref_top, error);
     if (status == QLLM_OK)
-        status = check_row(ref, vocab, "ref", &ref_top, error);
-    if (status == QLLM_OK)
-        status = check_row(test, vocab, "test", &test_top, error);
+        status = check_row(ops, test, vocab, "test", s.tops, &test_top, error);
     if (status != QLLM_OK)
         return status;
     *same_top = ref_top.argmax == test_top.argmax;
-    pair s = sort_pair(ref, test, vocab, scratch);
     s.ref_max = ref_top.max;
     s.test_max = test_top.max;
+    sort_pair(ref, test, vocab, &s);
     double target_a = target < 0 ? 0 : (double)ref[target] - s.ref_max;
     double target_b = target < 0 ? 0 : (double)test[target] - s.test_max;
     for (int64_t t = 0; t < n_temperatures; t++) {
-        double temperature = temperatures[t];
-        if (temperature == 0) {
+        double inverse = qllm_inverse_temperature(temperatures[t]), totals[2];
+        double factor = qllm_weight_factor(inverse);
+        if (temperatures[t] == 0) {
             greedy(ref_top, test_top, target, out, t);
             continue;
         }
-        double inverse = qllm_inverse_temperature(temperature);
-        double total_p = softmax(s.ref, s.count, s.ref_max, inverse, s.p);
-        double total_q = softmax(s.test, s.count, s.test_max, inverse, s.q);
-        divergences(&s, inverse, total_p, total_q, out, t);
-        out->disagreement[t] = disagreement(&s);
-        out->delta_p[t] = target < 0 ? 0 : qllm_exp(target_b * inverse) / total_q -
-                                           qllm_exp(target_a * inverse) / total_p;
+        compare(ops, &s, inverse, totals, out, t);
+        out->delta_p[t] = target < 0 ? 0 : qllm_exp2(target_b * factor) / totals[1] -
+                                           qllm_exp2(target_a * factor) / totals[0];
     }
     return QLLM_OK;
 }

@@ -7,13 +7,14 @@
  * (Gumbel coupling: arXiv 2408.07978).  With r_i = q_i / p_i, sorted once for all temperatures
  * since the order of r is that of test - ref whatever T, the disagreement is
  *     1 - A = sum_i p_i e_i / (1 + e_i),   e_i = Q(r_j > r_i) / r_i - P(r_j > r_i) >= 0,
- * suffix sums over the sorted order, tokens of equal r together.  In this form, and with
+ * running sums over the sorted order.  In this form, and with
  * log(p_i / q_i) = (ref_i - test_i) / T + constant, equal rows give exactly 0 in every metric. */
 #ifndef QLLM_CORE_LOGIT_STATS_H
 #define QLLM_CORE_LOGIT_STATS_H
 
 #include <stdint.h>
 
+#include "core/logit_ops.h"
 #include "core/status.h"
 
 /* One value per temperature; every pointer (n_temperatures) float64, none NULL. */
@@ -31,13 +32,14 @@ typedef struct qllm_logit_stats {
 /* Scratch bytes for one row; -1 where vocab is not 1 .. 2^31 - 1. */
 int64_t qllm_logit_stats_scratch(int64_t vocab);
 
-/* ref, test (vocab) float32, finite or -inf (not all -inf; NaN and +inf are errors); temperatures
+/* `ops` are the functions over rows (core/logit_ops.h); the results have the same bits with any.
+ * ref, test (vocab) float32, finite or -inf (not all -inf; NaN and +inf are errors); temperatures
  * >= 0 and finite, 0 meaning the one-hot argmax (lowest id among equals).  target: token id or -1.
  * *same_top is 1 when the argmaxes agree, else 0.  Sums in float64, fixed order.  `scratch` is
  * 64-byte aligned memory of qllm_logit_stats_scratch(vocab). */
-qllm_status qllm_logit_stats_row(const float *ref, const float *test, int64_t vocab,
-                                 const double *temperatures, int64_t n_temperatures, int64_t target,
-                                 void *scratch, const qllm_logit_stats *out, int *same_top,
-                                 qllm_error *error);
+qllm_status qllm_logit_stats_row(const qllm_logit_ops *ops, const float *ref, const float *test,
+                                 int64_t vocab, const double *temperatures, int64_t n_temperatures,
+                                 int64_t target, void *scratch, const qllm_logit_stats *out,
+                                 int *same_top, qllm_error *error);
 
 #endif

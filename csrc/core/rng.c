@@ -2,24 +2,19 @@
 
 #include <math.h>
 
-/* Multipliers and key increments of Salmon et al., section 4.3 and the Random123 library. */
-enum { ROUNDS = 10 };
-static const uint32_t MULTIPLIER_0 = 0xD2511F53u, MULTIPLIER_1 = 0xCD9E8D57u;
-static const uint32_t WEYL_0 = 0x9E3779B9u, WEYL_1 = 0xBB67AE85u;
-
 void qllm_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
 {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
     uint32_t k0 = key[0], k1 = key[1];
-    for (int round = 0; round < ROUNDS; round++) {
-        uint64_t product_0 = (uint64_t)MULTIPLIER_0 * c0;
-        uint64_t product_1 = (uint64_t)MULTIPLIER_1 * c2;
+    for (int round = 0; round < QLLM_PHILOX_ROUNDS; round++) {
+        uint64_t product_0 = (uint64_t)QLLM_PHILOX_M0 * c0;
+        uint64_t product_1 = (uint64_t)QLLM_PHILOX_M1 * c2;
         c0 = (uint32_t)(product_1 >> 32) ^ c1 ^ k0;
         c2 = (uint32_t)(product_0 >> 32) ^ c3 ^ k1;
         c1 = (uint32_t)product_1;
         c3 = (uint32_t)product_0;
-        k0 += WEYL_0;
-        k1 += WEYL_1;
+        k0 += QLLM_PHILOX_W0;
+        k1 += QLLM_PHILOX_W1;
     }
     out[0] = c0;
     out[1] = c1;
@@ -48,17 +43,17 @@ void qllm_noise_blocks(uint64_t seed, uint64_t prompt, uint32_t step, uint32_t b
         c2[i] = (uint32_t)prompt;
         c3[i] = prompt >> 32;
     }
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < QLLM_PHILOX_ROUNDS; round++) {
         for (int i = 0; i < N; i++) {
-            uint64_t product_0 = MULTIPLIER_0 * (uint64_t)(uint32_t)c0[i];
-            uint64_t product_1 = MULTIPLIER_1 * (uint64_t)(uint32_t)c2[i];
+            uint64_t product_0 = QLLM_PHILOX_M0 * (uint64_t)(uint32_t)c0[i];
+            uint64_t product_1 = QLLM_PHILOX_M1 * (uint64_t)(uint32_t)c2[i];
             c0[i] = (product_1 >> 32) ^ c1[i] ^ k0;
             c2[i] = (product_0 >> 32) ^ c3[i] ^ k1;
             c1[i] = (uint32_t)product_1;
             c3[i] = (uint32_t)product_0;
         }
-        k0 += WEYL_0;
-        k1 += WEYL_1;
+        k0 += QLLM_PHILOX_W0;
+        k1 += QLLM_PHILOX_W1;
     }
     for (int i = 0; i < N; i++) {
         words[4 * i] = (uint32_t)c0[i];

@@ -6,6 +6,13 @@
 
 #include <stdint.h>
 
+/* Rounds, multipliers and increments of the key of Salmon et al., section 4.3, and Random123. */
+enum { QLLM_PHILOX_ROUNDS = 10 };
+#define QLLM_PHILOX_M0 0xD2511F53u
+#define QLLM_PHILOX_M1 0xCD9E8D57u
+#define QLLM_PHILOX_W0 0x9E3779B9u
+#define QLLM_PHILOX_W1 0xBB67AE85u
+
 /* The raw generator: 128-bit counter and 64-bit key to four 32-bit words. */
 void qllm_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 

@@ -4,27 +4,44 @@
 #include <inttypes.h>
 #include <math.h>
 
-#include "core/checked.h"
 #include "core/exp.h"
 #include "core/rng.h"
 
-/* The tokens that are still in the race, in the order of their ids. */
-typedef struct candidates {
+/* A row at work. */
+typedef struct row {
+    const qllm_logit_ops *ops;
+    const float *logits; /* (vocab) penalized */
+    int64_t vocab;
+    float *tops;         /* of its tiles */
+    double max;          /* the largest logit */
+    double inverse;      /* 1 / temperature */
+    double factor;       /* of the weights */
+    float *changed;      /* (vocab) room for penalized logits */
+} row;
+
+/* The tokens that are still in the race: those with a logit above `cut` and, of those equal to it,
+ * the ones up to the id `last`.  Filters write them down in the order of their ids. */
+typedef struct kept {
+    float cut;
+    int64_t last;
+    double total;    /* sum of their weights */
+    double unfiltered; /* that of all tokens, where it was needed, else 0 */
+    bool listed;     /* whether what follows is in use */
     int64_t count;
     int32_t *ids;    /* (count) */
-    float *logits;   /* (count) penalized */
-    double *weights; /* (count) exp((logit - max) / temperature), so the largest is 1 */
-    double max;      /* the largest logit */
-    double total;    /* sum of the weights after top_k, before top_p */
-} candidates;
+    float *values;   /* (count) logits */
+    double *weights; /* (count) exp((logit - max) / temperature), so that the largest is 1 */
+} kept;
 
-/* The smallest kept logit, as a key, and the mass strictly above it. */
-typedef struct cut {
-    uint32_t key;
-    double above;
-} cut;
-
-enum { BINS = 2048, TILE = 64, LANES = 8, WINDOW = 4 * QLLM_NOISE_BLOCKS };
+/* What find_cut looks for: where the count of the largest values, or with weights their mass,
+ * reaches the target. */
+typedef struct goal {
+    const qllm_logit_ops *ops;
+    const float *values;
+    const double *weights; /* NULL: counts */
+    int64_t n;
+    double target;
+} goal;
 
 qllm_sampling qllm_sampling_default(void)
 {
@@ -54,19 +71,19 @@ qllm_status qllm_sampling_check(const qllm_sampling *s, qllm_error *error)
 
 int64_t qllm_sample_scratch(int64_t vocab)
 {
-    int64_t bytes;
-    if (vocab < 1 || vocab > INT32_MAX ||
-        !qllm_checked_mul(vocab, sizeof(double) + sizeof(float) + sizeof(int32_t), &bytes))
+    int64_t each = sizeof(double) + 3 * sizeof(float) + sizeof(int32_t);
+    if (vocab < 1 || vocab > INT32_MAX)
         return -1;
-    return bytes;
+    return (vocab + 1) * each; /* 2^36 at most; a row has fewer tiles than tokens, or one */
 }
 
-static candidates carve(void *scratch, int64_t vocab)
+static void carve(void *scratch, int64_t vocab, row *r, kept *k)
 {
-    candidates c = {.count = vocab, .weights = scratch};
-    c.logits = (float *)(c.weights + vocab);
-    c.ids = (int32_t *)(c.logits + vocab);
-    return c;
+    k->weights = scratch;
+    k->values = (float *)(k->weights + vocab);
+    k->ids = (int32_t *)(k->values + vocab);
+    r->changed = (float *)(k->ids + vocab);
+    r->tops = r->changed + vocab;
 }
 
 static qllm_status check_vocab(int64_t vocab, qllm_error *error)
@@ -87,36 +104,25 @@ static qllm_status bad_logit(const float *logits, int64_t vocab, qllm_error *err
                      isnan(logits[i]) ? "NaN" : "+inf");
 }
 
-/* The largest of `count` logits; NaN are passed over. */
-static float largest(const float *logits, int64_t count)
+/* Checks the logits, finds the largest of each tile and of all. */
+static qllm_status check_logits(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                                float *tops, float *max, qllm_error *error)
 {
-    float lanes[LANES], max = -INFINITY;
-    int64_t i = 0;
-    for (int lane = 0; lane < LANES; lane++)
-        lanes[lane] = -INFINITY;
-    for (; i + LANES <= count; i += LANES)
-        for (int lane = 0; lane < LANES; lane++)
-            lanes[lane] = logits[i + lane] > lanes[lane] ? logits[i + lane] : lanes[lane];
-    for (; i < count; i++)
-        max = logits[i] > max ? logits[i] : max;
-    for (int lane = 0; lane < LANES; lane++)
-        max = lanes[lane] > max ? lanes[lane] : max;
-    return max;
-}
-
-/* Checks the logits and finds the largest. */
-static qllm_status check_logits(const float *logits, int64_t vocab, float *max, qllm_error *error)
-{
-    int bad = 0;
-    for (int64_t i = 0; i < vocab; i++)
-        bad |= !(logits[i] < INFINITY);
-    *max = largest(logits, vocab);
-    if (bad)
+    if (!ops->scan(logits, vocab, tops, max))
         return bad_logit(logits, vocab, error);
     if (*max == -INFINITY)
         return qllm_fail(error, QLLM_VALUE, "logits: all %" PRId64 " tokens are -inf, so that none "
                          "can be drawn", vocab);
     return QLLM_OK;
+}
+
+/* The sum of exp((logit - max) / temperature) over n logits. */
+static double weigh(const qllm_logit_ops *ops, const float *logits, int64_t n, double max,
+                    double factor, double *weights)
+{
+    double sums[QLLM_LANES];
+    ops->weights(logits, n, max, factor, weights, sums);
+    return qllm_lane_sum(sums);
 }
 
 /* log softmax(logits)[token]; total is the sum of exp(logit - max). */
@@ -125,45 +131,76 @@ static double log_softmax(const float *logits, double max, double total, int64_t
     return ((double)logits[token] - max) - log(total);
 }
 
-qllm_status qllm_logprob(const float *logits, int64_t vocab, int64_t token, double *out,
-                         qllm_error *error)
+qllm_status qllm_logprob(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                         int64_t token, void *scratch, double *out, qllm_error *error)
 {
     float max = 0;
     qllm_status status = check_vocab(vocab, error);
     if (status == QLLM_OK)
-        status = check_logits(logits, vocab, &max, error);
+        status = check_logits(ops, logits, vocab, scratch, &max, error);
     if (status != QLLM_OK)
         return status;
     if (token < 0 || token >= vocab)
         return qllm_fail(error, QLLM_VALUE, "token: %" PRId64 " is outside the vocabulary of %"
                          PRId64 " tokens", token, vocab);
-    *out = log_softmax(logits, max, qllm_exp_weights(logits, vocab, max, 1, NULL), token);
+    double total = weigh(ops, logits, vocab, max, qllm_weight_factor(1), NULL);
+    *out = log_softmax(logits, max, total, token);
     return QLLM_OK;
 }
 
-/* Repetition penalty (Keskar et al. 2019, CTRL, section 4.1; for negative logits as transformers
- * does).  Computed from the raw logits, so that a token that came twice is penalized once. */
-static qllm_status penalize(const float *raw, float *logits, int64_t vocab, double penalty,
-                            const int64_t *history, int64_t n_history, qllm_error *error)
+/* Sets one logit, and the top of its tile anew where it was or becomes the top. */
+static void set_logit(row *r, int64_t id, float value)
 {
+    int64_t tile = id / QLLM_TILE, start = tile * QLLM_TILE;
+    int64_t n = r->vocab - start < QLLM_TILE ? r->vocab - start : QLLM_TILE;
+    float old = r->changed[id];
+    r->changed[id] = value;
+    if (value > r->tops[tile])
+        r->tops[tile] = value;
+    else if (old == r->tops[tile])
+        r->ops->scan(r->changed + start, n, &r->tops[tile], &value);
+}
+
+/* Repetition penalty (Keskar et al. 2019, CTRL, section 4.1; for negative logits as transformers
+ * does), on a copy of the row.  Computed from the raw logits, so that a token that came twice is
+ * penalized once. */
+static qllm_status penalize(row *r, double penalty, const int64_t *history, int64_t n_history,
+                            qllm_error *error)
+{
+    const float *raw = r->logits;
+    bool active = n_history > 0 && penalty != 1;
+    if (active)
+        memcpy(r->changed, raw, (size_t)r->vocab * sizeof *raw);
     for (int64_t i = 0; i < n_history; i++) {
         int64_t id = history[i];
-        if (id < 0 || id >= vocab)
+        if (id < 0 || id >= r->vocab)
             return qllm_fail(error, QLLM_VALUE, "history: token %" PRId64 " at position %" PRId64
-                             " is outside the vocabulary of %" PRId64 " tokens", id, i, vocab);
+                             " is outside the vocabulary of %" PRId64 " tokens", id, i, r->vocab);
+        if (!active)
+            continue;
         double value = raw[id];
         double changed = value < 0 ? value * penalty : value / penalty;
         if (isfinite(value))
             changed = changed > FLT_MAX ? FLT_MAX : changed < -FLT_MAX ? -FLT_MAX : changed;
-        logits[id] = (float)changed + 0.0f;
+        set_logit(r, id, (float)changed);
     }
+    if (!active)
+        return QLLM_OK;
+    r->logits = r->changed;
+    r->max = -INFINITY;
+    for (int64_t t = 0; t < qllm_tiles(r->vocab); t++)
+        r->max = r->tops[t] > r->max ? r->tops[t] : r->max;
     return QLLM_OK;
 }
 
-static int64_t first_equal(const float *logits, int64_t count, float value)
+/* The lowest id among the largest logits. */
+static int64_t argmax(const row *r)
 {
-    int64_t i = 0;
-    while (i < count - 1 && logits[i] != value)
+    int64_t tile = 0, tiles = qllm_tiles(r->vocab);
+    while (tile < tiles - 1 && r->tops[tile] < r->max)
+        tile++;
+    int64_t i = tile * QLLM_TILE;
+    while (i < r->vocab - 1 && r->logits[i] < r->max)
         i++;
     return i;
 }
@@ -176,261 +213,263 @@ static uint32_t order_key(float value)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* Where the `target` mass of the largest logits ends; masses NULL counts each as 1.  Radix
- * selection: each level adds up the masses by the next 11 bits of the key and descends into the
- * bin where the target is reached, or into the lowest that holds anything where rounding keeps it
- * from being reached. */
-static cut find_cut(const float *logits, const double *masses, int64_t count, double target)
+static float key_value(uint32_t key)
 {
-    static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
-    double bins[BINS];
-    cut found = {0, 0};
-    for (int level = 0; level < 3; level++) {
-        int shift = shifts[level], width = widths[level];
-        uint32_t mask = (1u << width) - 1;
-        memset(bins, 0, sizeof bins);
-        for (int64_t i = 0; i < count; i++) {
-            uint32_t key = order_key(logits[i]) >> shift;
-            if (level == 0 || key >> width == found.key)
-                bins[key & mask] += masses ? masses[i] : 1;
-        }
-        int chosen = -1;
-        for (int bin = (int)mask; bin >= 0; bin--) {
-            if (bins[bin] == 0)
-                continue;
-            found.above += chosen >= 0 ? bins[chosen] : 0;
-            chosen = bin;
-            if (found.above + bins[bin] >= target)
-                break;
-        }
-        found.key = (found.key << width) | (uint32_t)(chosen >= 0 ? chosen : 0);
-    }
-    return found;
+    uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-/* Drops the candidates whose logit is -inf or lies below the cut; among equals at the cut the
- * lowest ids stay until the target is reached. */
-static void keep_above(candidates *c, const double *masses, double target, cut at)
+/* The count or mass of the values of at least `bound`. */
+static double reached(const goal *g, float bound)
 {
-    int64_t kept = 0;
-    double mass = at.above;
-    for (int64_t i = 0; i < c->count; i++) {
-        uint32_t key = order_key(c->logits[i]);
-        if (key < at.key || c->logits[i] == -INFINITY)
+    double sums[QLLM_LANES];
+    if (g->weights == NULL)
+        return (double)g->ops->count(g->values, g->n, bound);
+    g->ops->mass(g->values, g->weights, g->n, bound, sums);
+    return qllm_lane_sum(sums);
+}
+
+/* The largest bound from low to high at which the target is reached, or low: by bisection, since
+ * a count falls as the bound rises, and so does a sum of numbers >= 0 in one order. */
+static float find_cut(const goal *g, float low, float high)
+{
+    uint32_t below = order_key(low), above = order_key(high);
+    while (below < above) {
+        uint32_t middle = below + (above - below + 1) / 2;
+        if (reached(g, key_value(middle)) >= g->target)
+            below = middle;
+        else
+            above = middle - 1;
+    }
+    return key_value(below);
+}
+
+/* Leaves the tokens above the cut, and the first `ties` of those at it. */
+static void keep_from(kept *k, float cut, int64_t ties)
+{
+    int64_t count = 0;
+    k->cut = cut;
+    for (int64_t i = 0; i < k->count; i++) {
+        float value = k->values[i];
+        if (value < cut || (value == cut && ties-- <= 0))
             continue;
-        if (key == at.key) {
-            if (mass >= target)
-                continue;
-            mass += masses ? masses[i] : 1;
-        }
-        c->ids[kept] = c->ids[i];
-        c->logits[kept] = c->logits[i];
-        if (masses)
-            c->weights[kept] = c->weights[i];
-        kept++;
+        if (value == cut)
+            k->last = k->ids[i];
+        k->ids[count] = k->ids[i];
+        k->values[count] = value;
+        k->weights[count++] = k->weights[i];
     }
-    c->count = kept;
+    k->count = count;
 }
 
-static void all_ids(candidates *c)
+/* Keeps the largest until the goal is reached, among equals the lower ids. */
+static void keep_largest(const row *r, kept *k, const goal *g, double weight_of_tie(const row *r,
+                         float value))
 {
-    for (int64_t i = 0; i < c->count; i++)
-        c->ids[i] = (int32_t)i;
+    float cut = find_cut(g, k->cut, (float)r->max);
+    double above = reached(g, key_value(order_key(cut + 0.0f) + 1)); /* -0 and 0 are one number */
+    double weight = weight_of_tie(r, cut);
+    int64_t ties = 0;
+    for (; ties < k->count && above < g->target; ties++)
+        above += weight;
+    keep_from(k, cut, ties);
 }
 
-static void keep_min_p(candidates *c, double min_p)
+static double one(const row *r, float value)
 {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < c->count; i++) {
-        if (c->weights[i] < min_p) /* the largest weight is 1 */
-            continue;
-        c->ids[kept] = c->ids[i];
-        c->logits[kept] = c->logits[i];
-        c->weights[kept] = c->weights[i];
-        kept++;
+    (void)r;
+    (void)value;
+    return 1;
+}
+
+static double weight_of(const row *r, float value)
+{
+    return qllm_exp2(((double)value - r->max) * r->factor);
+}
+
+/* Writes down the tokens with a logit of at least `bound`. */
+static void list(const row *r, kept *k, float bound)
+{
+    k->cut = bound;
+    k->listed = true;
+    k->count = r->ops->pick(r->logits, r->vocab, r->tops, bound, k->ids, k->values);
+}
+
+/* Where there are as many tiles, the limit-th largest of their tops bounds the limit-th largest
+ * logit from below, and few tokens are left to look at. */
+static void keep_top_k(const row *r, kept *k, int64_t limit)
+{
+    goal tops = {r->ops, r->tops, NULL, qllm_tiles(r->vocab), (double)limit};
+    list(r, k, tops.n >= limit ? find_cut(&tops, -FLT_MAX, (float)r->max) : -FLT_MAX);
+    goal all = {r->ops, k->values, NULL, k->count, (double)limit};
+    if (k->count > limit)
+        keep_largest(r, k, &all, one);
+}
+
+/* A logit below which every weight is smaller than `weight` in (0, 1), with room for rounding. */
+static float logit_bound(const row *r, double weight)
+{
+    double bound = r->max + log(weight * (1 - 1e-6)) / r->inverse;
+    float rounded = bound > -FLT_MAX ? nextafterf((float)bound, -INFINITY) : -FLT_MAX;
+    return rounded > -FLT_MAX ? rounded : -FLT_MAX;
+}
+
+static void keep_top_p(const row *r, kept *k, double top_p)
+{
+    double target = top_p * k->total;
+    if (!k->listed) {
+        /* those below a share of what may be left out cannot be more than that together */
+        list(r, k, logit_bound(r, (1 - top_p) * k->total / (double)r->vocab));
+        weigh(r->ops, k->values, k->count, r->max, r->factor, k->weights);
     }
-    c->count = kept;
+    goal g = {r->ops, k->values, k->weights, k->count, target};
+    keep_largest(r, k, &g, weight_of);
 }
 
-/* Keeps the k largest.  Where the vocabulary has k tiles or more, the k-th largest of the tiles'
- * largest logits bounds the k-th largest logit from below, and few tokens are left to look at. */
-static void keep_top_k(candidates *c, int64_t k)
+static void keep_min_p(const row *r, kept *k, double min_p)
 {
-    int64_t tiles = c->count / TILE, kept = 0;
-    if (tiles >= k) {
-        float *tops = (float *)c->weights; /* not in use yet */
-        for (int64_t t = 0; t <= tiles; t++)
-            tops[t] = largest(c->logits + t * TILE, t < tiles ? TILE : c->count % TILE);
-        uint32_t bound = find_cut(tops, NULL, tiles, (double)k).key;
-        for (int64_t t = 0; t <= tiles; t++) {
-            if (order_key(tops[t]) < bound)
-                continue;
-            int64_t stop = t < tiles ? (t + 1) * TILE : c->count;
-            for (int64_t i = t * TILE; i < stop; i++) {
-                if (order_key(c->logits[i]) < bound)
-                    continue;
-                c->ids[kept] = (int32_t)i;
-                c->logits[kept++] = c->logits[i];
-            }
-        }
-        c->count = kept;
-    } else
-        all_ids(c);
-    keep_above(c, NULL, (double)k, find_cut(c->logits, NULL, c->count, (double)k));
+    float cut = (float)r->max;
+    if (!k->listed) {
+        list(r, k, logit_bound(r, min_p));
+        weigh(r->ops, k->values, k->count, r->max, r->factor, k->weights);
+    }
+    for (int64_t i = 0; i < k->count; i++)
+        if (k->weights[i] >= min_p && k->values[i] < cut) /* the largest weight is 1 */
+            cut = k->values[i];
+    if (cut > k->cut)
+        keep_from(k, cut, k->count);
 }
 
-/* top_k, temperature, top_p, min_p over the penalized logits; returns the sum of the weights that
- * are left.  (top_k before the temperature saves exponentials and keeps the same tokens.) */
-static double filter(candidates *c, const qllm_sampling *s)
+/* top_k, temperature, top_p, min_p over the penalized logits.  (top_k before the temperature saves
+ * exponentials and keeps the same tokens.) */
+static void filter(const row *r, const qllm_sampling *s, kept *k)
 {
-    if (s->top_k > 0 && s->top_k < c->count)
-        keep_top_k(c, s->top_k);
-    else
-        all_ids(c);
-    c->total = qllm_exp_weights(c->logits, c->count, c->max,
-                                qllm_inverse_temperature(s->temperature), c->weights);
+    bool top_k = s->top_k > 0 && s->top_k < r->vocab;
+    k->cut = -FLT_MAX;
+    k->last = r->vocab - 1;
+    k->listed = false;
+    k->unfiltered = 0;
+    if (top_k) {
+        keep_top_k(r, k, s->top_k);
+        k->total = weigh(r->ops, k->values, k->count, r->max, r->factor, k->weights);
+    } else if (s->top_p < 1 || s->min_p <= 0)
+        k->total = k->unfiltered = weigh(r->ops, r->logits, r->vocab, r->max, r->factor, NULL);
     if (s->top_p >= 1 && s->min_p <= 0)
-        return c->total;
-    if (s->top_p < 1) {
-        double target = s->top_p * c->total;
-        keep_above(c, c->weights, target, find_cut(c->logits, c->weights, c->count, target));
-    }
-    if (s->min_p > 0)
-        keep_min_p(c, s->min_p);
-    double total = 0;
-    for (int64_t i = 0; i < c->count; i++)
-        total += c->weights[i];
-    return total;
-}
-
-/* The noise words of candidates first .. stop - 1, whose ids lie in one window of tokens, into
- * `words` by id within the window: all at once, or only those blocks that hold a candidate which
- * can still win. */
-static void window_words(const candidates *c, const qllm_sampling *s, uint32_t step, int64_t first,
-                         int64_t stop, const double *scores, double best, uint32_t *words)
-{
-    uint32_t window = (uint32_t)c->ids[first] / WINDOW, done = UINT32_MAX;
-    if (stop - first >= WINDOW / 4) {
-        qllm_noise_blocks(s->seed, s->prompt, step, window * QLLM_NOISE_BLOCKS, words);
         return;
-    }
-    for (int64_t i = first; i < stop; i++) {
-        uint32_t block = (uint32_t)c->ids[i] / 4;
-        if (block == done || scores[i - first] + QLLM_GUMBEL_MAX < best)
-            continue;
-        qllm_noise_block(s->seed, s->prompt, step, block, words + block % QLLM_NOISE_BLOCKS * 4);
-        done = block;
-    }
+    if (s->top_p < 1)
+        keep_top_p(r, k, s->top_p);
+    if (s->min_p > 0)
+        keep_min_p(r, k, s->min_p);
+    double sums[QLLM_LANES];
+    r->ops->mass(k->values, k->weights, k->count, -FLT_MAX, sums);
+    k->total = qllm_lane_sum(sums);
 }
 
-/* argmax of (logit - max) / temperature + gumbel over the candidates; returns its position.  It
- * starts at the largest logit: most others then lose by a bound, before any logarithm. */
-static int64_t race(const candidates *c, const qllm_sampling *s, uint32_t step)
+/* argmax of (logit - max) / temperature + gumbel over the kept tokens.  It starts at the largest
+ * logit: most others then lose by a bound, tile by tile, before any logarithm. */
+static int64_t race(const row *r, const kept *k, const qllm_sampling *s, uint32_t step)
 {
-    double inverse = qllm_inverse_temperature(s->temperature), scores[WINDOW], best;
-    uint32_t words[WINDOW] = {0}; /* stale where a block cannot win: see window_words */
-    int64_t winner = first_equal(c->logits, c->count, (float)c->max), stop;
-    best = qllm_gumbel(s->seed, s->prompt, step, (uint32_t)c->ids[winner]);
-    for (int64_t first = 0; first < c->count; first = stop) {
-        int32_t window = c->ids[first] / WINDOW;
-        double top = -INFINITY;
-        for (stop = first; stop < c->count && c->ids[stop] / WINDOW == window; stop++) {
-            double score = ((double)c->logits[stop] - c->max) * inverse;
-            scores[stop - first] = score;
-            top = score > top ? score : top;
-        }
-        if (top + QLLM_GUMBEL_MAX < best)
+    int64_t winner = argmax(r);
+    uint32_t words[QLLM_TILE];
+    qllm_race race = {s->seed, s->prompt, step, r->max, r->inverse, k->cut,
+                      qllm_gumbel(s->seed, s->prompt, step, (uint32_t)winner)};
+    for (int64_t start = 0, tile = 0; start < r->vocab; start += QLLM_TILE, tile++) {
+        double top = ((double)r->tops[tile] - r->max) * r->inverse;
+        if (r->tops[tile] < k->cut || top + QLLM_GUMBEL_MAX < race.best)
             continue;
-        window_words(c, s, step, first, stop, scores, best, words);
-        for (int64_t i = first; i < stop; i++) {
-            uint32_t word = words[c->ids[i] % WINDOW];
-            double score = scores[i - first];
-            /* | and not ||: the first is as good as random for a branch, the second nearly true */
-            if ((score + QLLM_GUMBEL_MAX < best) | (score + qllm_gumbel_bound(word) < best))
+        int64_t n = r->vocab - start < QLLM_TILE ? r->vocab - start : QLLM_TILE;
+        uint64_t left = r->ops->contenders(&race, r->logits + start, n, (uint32_t)tile, words);
+        for (; left != 0; left &= left - 1) {
+            int i = __builtin_ctzll(left);
+            float value = r->logits[start + i];
+            double score = ((double)value - r->max) * r->inverse;
+            if ((value == k->cut && start + i > k->last) ||
+                score + qllm_gumbel_bound(words[i]) < race.best)
                 continue;
-            score += qllm_gumbel_of(word);
-            if (score > best || (score == best && i < winner)) {
-                best = score;
-                winner = i;
+            score += qllm_gumbel_of(words[i]);
+            if (score > race.best || (score == race.best && start + i < winner)) {
+                race.best = score;
+                winner = start + i;
             }
         }
     }
     return winner;
 }
 
-/* Checks everything and leaves the penalized logits in *c.  *raw_max is the largest raw logit. */
-static qllm_status prepare(const float *logits, int64_t vocab, const qllm_sampling *sampling,
-                           const int64_t *history, int64_t n_history, void *scratch,
-                           candidates *c, float *raw_max, qllm_error *error)
+/* Checks everything and leaves the penalized logits in *r.  *raw_max is the largest raw logit. */
+static qllm_status prepare(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                           const qllm_sampling *sampling, const int64_t *history, int64_t n_history,
+                           void *scratch, row *r, kept *k, float *raw_max, qllm_error *error)
 {
+    *r = (row){.ops = ops, .logits = logits, .vocab = vocab};
     qllm_status status = qllm_sampling_check(sampling, error);
     if (status == QLLM_OK)
         status = check_vocab(vocab, error);
-    if (status == QLLM_OK)
-        status = check_logits(logits, vocab, raw_max, error);
     if (status != QLLM_OK)
         return status;
-    *c = carve(scratch, vocab);
-    for (int64_t i = 0; i < vocab; i++)
-        c->logits[i] = logits[i] + 0.0f; /* -0 becomes 0, so that equal numbers have equal bits */
-    status = penalize(logits, c->logits, vocab, sampling->repetition_penalty, history, n_history,
-                      error);
-    c->max = n_history > 0 ? largest(c->logits, vocab) : *raw_max;
-    return status;
+    carve(scratch, vocab, r, k);
+    status = check_logits(ops, logits, vocab, r->tops, raw_max, error);
+    if (status != QLLM_OK)
+        return status;
+    r->max = *raw_max;
+    r->inverse = qllm_inverse_temperature(sampling->temperature);
+    r->factor = qllm_weight_factor(r->inverse);
+    return penalize(r, sampling->repetition_penalty, history, n_history, error);
 }
 
-/* Whether the weights of filter(), before top_p, are those of the raw logits. */
-static int weighs_raw(const qllm_sampling *s, int64_t vocab, int64_t n_history)
+qllm_status qllm_sample(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                        const qllm_sampling *sampling, const int64_t *history, int64_t n_history,
+                        uint32_t step, void *scratch, qllm_sampled *out, qllm_error *error)
 {
-    return s->temperature == 1 && (s->top_k == 0 || s->top_k >= vocab) &&
-           (s->repetition_penalty == 1 || n_history == 0);
-}
-
-qllm_status qllm_sample(const float *logits, int64_t vocab, const qllm_sampling *sampling,
-                        const int64_t *history, int64_t n_history, uint32_t step, void *scratch,
-                        qllm_sampled *out, qllm_error *error)
-{
-    candidates c;
+    row r;
+    kept k;
     float raw_max;
-    qllm_status status = prepare(logits, vocab, sampling, history, n_history, scratch, &c,
+    qllm_status status = prepare(ops, logits, vocab, sampling, history, n_history, scratch, &r, &k,
                                  &raw_max, error);
     if (status != QLLM_OK)
         return status;
-    double log_p = 0;
-    int64_t token = 0;
+    double log_p = 0, raw_total = 0;
+    int64_t token;
     if (sampling->temperature == 0)
-        token = first_equal(c.logits, vocab, (float)c.max);
+        token = argmax(&r);
     else {
-        double total = filter(&c, sampling);
-        int64_t winner = race(&c, sampling, step);
-        token = c.ids[winner];
-        log_p = ((double)c.logits[winner] - c.max) *
-                qllm_inverse_temperature(sampling->temperature) - log(total);
+        filter(&r, sampling, &k);
+        token = race(&r, &k, sampling, step);
+        log_p = ((double)r.logits[token] - r.max) * r.inverse - log(k.total);
+        if (sampling->temperature == 1 && r.logits == logits)
+            raw_total = k.unfiltered;
     }
-    double raw_total = sampling->temperature > 0 && weighs_raw(sampling, vocab, n_history)
-        ? c.total : qllm_exp_weights(logits, vocab, raw_max, 1, NULL);
+    if (raw_total == 0)
+        raw_total = weigh(ops, logits, vocab, raw_max, qllm_weight_factor(1), NULL);
     *out = (qllm_sampled){token, (float)log_softmax(logits, raw_max, raw_total, token),
                           (float)log_p};
     return QLLM_OK;
 }
 
-qllm_status qllm_distribution(const float *logits, int64_t vocab, const qllm_sampling *sampling,
-                              const int64_t *history, int64_t n_history, void *scratch,
-                              float *probabilities, qllm_error *error)
+qllm_status qllm_distribution(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                              const qllm_sampling *sampling, const int64_t *history,
+                              int64_t n_history, void *scratch, float *probabilities,
+                              qllm_error *error)
 {
-    candidates c;
+    row r;
+    kept k;
     float raw_max;
-    qllm_status status = prepare(logits, vocab, sampling, history, n_history, scratch, &c,
+    qllm_status status = prepare(ops, logits, vocab, sampling, history, n_history, scratch, &r, &k,
                                  &raw_max, error);
     if (status != QLLM_OK)
         return status;
     memset(probabilities, 0, (size_t)vocab * sizeof *probabilities);
     if (sampling->temperature == 0) {
-        probabilities[first_equal(c.logits, vocab, (float)c.max)] = 1;
+        probabilities[argmax(&r)] = 1;
         return QLLM_OK;
     }
-    double total = filter(&c, sampling);
-    for (int64_t i = 0; i < c.count; i++)
-        probabilities[c.ids[i]] = (float)(c.weights[i] / total);
+    filter(&r, sampling, &k);
+    if (!k.listed)
+        weigh(ops, r.logits, vocab, r.max, r.factor, k.weights);
+    int64_t count = k.listed ? k.count : vocab;
+    for (int64_t i = 0; i < count; i++)
+        probabilities[k.listed ? k.ids[i] : i] = (float)(k.weights[i] / k.total);
     return QLLM_OK;
 }

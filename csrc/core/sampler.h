@@ -9,6 +9,7 @@
 
 #include <stdint.h>
 
+#include "core/logit_ops.h"
 #include "core/status.h"
 
 typedef struct qllm_sampling {
@@ -37,25 +38,27 @@ typedef struct qllm_sampled {
                                0 when greedy */
 } qllm_sampled;
 
-/* Scratch bytes that qllm_sample and qllm_distribution need for one row; -1 where the vocabulary
+/* Scratch bytes that the functions below need for one row; -1 where the vocabulary
  * has fewer than 1 or more than 2^31 - 1 tokens. */
 int64_t qllm_sample_scratch(int64_t vocab);
 
-/* logits (vocab) float32, not changed; history (n_history) token ids for the repetition penalty,
+/* `ops` are the functions over rows (core/logit_ops.h); the results have the same bits with any.
+ * logits (vocab) float32, not changed; history (n_history) token ids for the repetition penalty,
  * out-of-range ids are an error.  -inf logits are tokens that cannot be drawn; NaN, +inf, all -inf,
  * or vocab < 1 are errors.  `scratch` is 64-byte aligned memory of qllm_sample_scratch(vocab). */
-qllm_status qllm_sample(const float *logits, int64_t vocab, const qllm_sampling *sampling,
-                        const int64_t *history, int64_t n_history, uint32_t step, void *scratch,
-                        qllm_sampled *out, qllm_error *error);
+qllm_status qllm_sample(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                        const qllm_sampling *sampling, const int64_t *history, int64_t n_history,
+                        uint32_t step, void *scratch, qllm_sampled *out, qllm_error *error);
 
 /* The distribution that qllm_sample draws from, into probabilities (vocab) float32: exact zeros for
  * tokens that were filtered out; one-hot when greedy. */
-qllm_status qllm_distribution(const float *logits, int64_t vocab, const qllm_sampling *sampling,
-                              const int64_t *history, int64_t n_history, void *scratch,
-                              float *probabilities, qllm_error *error);
+qllm_status qllm_distribution(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                              const qllm_sampling *sampling, const int64_t *history,
+                              int64_t n_history, void *scratch, float *probabilities,
+                              qllm_error *error);
 
 /* log softmax(logits)[token] in float64 sums. */
-qllm_status qllm_logprob(const float *logits, int64_t vocab, int64_t token, double *out,
-                         qllm_error *error);
+qllm_status qllm_logprob(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                         int64_t token, void *scratch, double *out, qllm_error *error);
 
 #endif

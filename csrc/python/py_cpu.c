@@ -22,6 +22,14 @@ int qllm_choose_isa(const qllm_state *state, const char *name, qllm_isa *isa)
     return -1;
 }
 
+const qllm_logit_ops *qllm_choose_logit_ops(const qllm_state *state, const char *name)
+{
+    qllm_isa isa;
+    if (name != NULL && strcmp(name, "core") == 0)
+        return &qllm_logit_ops_core;
+    return qllm_choose_isa(state, name, &isa) == 0 ? qllm_logit_ops_get(isa) : NULL;
+}
+
 /* One pool for each number of threads that was asked for, kept until the module goes. */
 struct qllm_pools {
     qllm_threads *threads;

@@ -3,12 +3,17 @@
 #define QLLM_PYTHON_PY_CPU_H
 
 #include "cpu/features.h"
+#include "cpu/logits.h"
 #include "cpu/threads.h"
 #include "python/state.h"
 
 /* The set of `name`, or of QLLM_CPU from the environment when it is NULL, or else the best one; 0,
  * or -1 with an exception. */
 int qllm_choose_isa(const qllm_state *state, const char *name, qllm_isa *isa);
+
+/* The functions over rows of logits of that set, or for "core" the plain reference; NULL with an
+ * exception. */
+const qllm_logit_ops *qllm_choose_logit_ops(const qllm_state *state, const char *name);
 
 /* The pool of n threads that all functions of the extension share (n as in qllm_threads_create);
  * it lives as long as the module.  NULL with an exception.  The GIL is held. */

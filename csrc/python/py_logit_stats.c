@@ -7,6 +7,7 @@
 #include "core/checked.h"
 #include "python/arguments.h"
 #include "python/array.h"
+#include "python/py_cpu.h"
 
 /* The keys of the returned dict, in the order of the pointers of qllm_logit_stats. */
 enum { N_STATS = 8 };
@@ -14,6 +15,7 @@ static const char *const STATS[N_STATS] = {"kl", "kl_reverse", "tv", "disagreeme
                                            "entropy_ref", "entropy_test", "max_ref", "delta_p"};
 
 typedef struct stats_context {
+    const qllm_logit_ops *ops;
     qllm_logit_rows ref, test;
     double *temperatures; /* (n_temperatures), owned */
     int64_t n_temperatures;
@@ -32,7 +34,7 @@ static qllm_status stats_row(void *context, int64_t row, qllm_error *error)
                                   s[4] + start, s[5] + start, s[6] + start, s[7] + start};
     int same_top = 0;
     qllm_status status = qllm_logit_stats_row(
-        c->ref.data + row * vocab, c->test.data + row * vocab, vocab, c->temperatures,
+        c->ops, c->ref.data + row * vocab, c->test.data + row * vocab, vocab, c->temperatures,
         c->n_temperatures, c->targets ? c->targets[row] : -1, c->scratch, &out, &same_top, error);
     c->same_top[row] = (uint8_t)same_top;
     return status;
@@ -105,14 +107,16 @@ static int64_t work_per_row(const stats_context *c)
 
 static PyObject *py_logit_stats(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ref", "test", "temperatures", "targets", NULL};
+    static char *names[] = {"ref", "test", "temperatures", "targets", "isa", NULL};
     const qllm_state *state = qllm_state_of(module);
     PyObject *ref, *test, *temperatures, *targets = Py_None, *target_array = NULL, *result = NULL;
+    const char *isa = NULL;
     stats_context c;
     qllm_error error;
     memset(&c, 0, sizeof c);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O:logit_stats", names, &ref, &test,
-                                     &temperatures, &targets))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O$z:logit_stats", names, &ref, &test,
+                                     &temperatures, &targets, &isa) ||
+        (c.ops = qllm_choose_logit_ops(state, isa)) == NULL)
         return NULL;
     if (parse_pair(state, ref, test, &c) < 0 || parse_temperatures(state, temperatures, &c) < 0)
         goto out;
@@ -141,7 +145,7 @@ out:
 
 static PyMethodDef functions[] = {
     {"logit_stats", (PyCFunction)(void (*)(void))py_logit_stats, METH_VARARGS | METH_KEYWORDS,
-     "logit_stats($module, ref, test, temperatures, targets=None)\n--\n\n"
+     "logit_stats($module, ref, test, temperatures, targets=None, *, isa=None)\n--\n\n"
      "Compares rows of logits, (vocab) or (n, vocab) float32, at all temperatures: a dict of kl, "
      "kl_reverse, tv, disagreement, entropy_ref, entropy_test, max_ref, delta_p, float64 "
      "(n, n_temperatures), or (n_temperatures) for one row, and same_top, uint8 (n). See "

@@ -6,9 +6,11 @@
 #include "core/sampler.h"
 #include "python/arguments.h"
 #include "python/array.h"
+#include "python/py_cpu.h"
 
 /* What qllm_sample needs for each row; `histories` keeps the token arrays alive. */
 typedef struct batch {
+    const qllm_logit_ops *ops;
     qllm_logit_rows logits;
     qllm_sampling *sampling; /* (n) */
     uint32_t *steps;         /* (n) */
@@ -105,28 +107,39 @@ static void batch_free(batch *b)
     qllm_free(b->scratch);
 }
 
+static int sample_scratch(const qllm_state *state, int64_t vocab, void **scratch)
+{
+    qllm_error error;
+    if (qllm_alloc(scratch, qllm_sample_scratch(vocab), 1, "the sampler's scratch", &error) ==
+        QLLM_OK)
+        return 0;
+    qllm_raise(state, &error);
+    return -1;
+}
+
 static int batch_alloc(const qllm_state *state, batch *b)
 {
     qllm_error error;
-    int64_t n = b->logits.n, bytes = qllm_sample_scratch(b->logits.vocab);
+    int64_t n = b->logits.n;
     const char *what = "the parameters of the rows";
     if (qllm_alloc((void **)&b->sampling, n, sizeof *b->sampling, what, &error) != QLLM_OK ||
         qllm_alloc((void **)&b->steps, n, sizeof *b->steps, what, &error) != QLLM_OK ||
         qllm_alloc((void **)&b->history, n, sizeof *b->history, what, &error) != QLLM_OK ||
-        qllm_alloc((void **)&b->n_history, n, sizeof *b->n_history, what, &error) != QLLM_OK ||
-        qllm_alloc(&b->scratch, bytes, 1, "the sampler's scratch", &error) != QLLM_OK) {
+        qllm_alloc((void **)&b->n_history, n, sizeof *b->n_history, what, &error) != QLLM_OK) {
         qllm_raise(state, &error);
         return -1;
     }
-    return 0;
+    return sample_scratch(state, b->logits.vocab, &b->scratch);
 }
 
 /* Reads all arguments of sample and distribution.  On failure the batch is to be freed too. */
 static int batch_parse(const qllm_state *state, PyObject *logits,
-                       PyObject *const parameters[N_PARAMETERS], batch *b)
+                       PyObject *const parameters[N_PARAMETERS], const char *isa, batch *b)
 {
     memset(b, 0, sizeof *b);
-    if (qllm_parse_rows(state, logits, "logits", &b->logits) < 0 || batch_alloc(state, b) < 0)
+    b->ops = qllm_choose_logit_ops(state, isa);
+    if (b->ops == NULL || qllm_parse_rows(state, logits, "logits", &b->logits) < 0 ||
+        batch_alloc(state, b) < 0)
         return -1;
     int64_t n = b->logits.n;
     for (int64_t row = 0; row < n; row++)
@@ -157,9 +170,10 @@ static qllm_status sample_row(void *context, int64_t row, qllm_error *error)
     sample_context *c = context;
     const batch *b = &c->batch;
     qllm_sampled sampled;
-    qllm_status status = qllm_sample(b->logits.data + row * b->logits.vocab, b->logits.vocab,
-                                     &b->sampling[row], b->history[row], b->n_history[row],
-                                     b->steps[row], b->scratch, &sampled, error);
+    qllm_status status = qllm_sample(b->ops, b->logits.data + row * b->logits.vocab,
+                                     b->logits.vocab, &b->sampling[row], b->history[row],
+                                     b->n_history[row], b->steps[row], b->scratch, &sampled,
+                                     error);
     if (status != QLLM_OK)
         return status;
     c->tokens[row] = sampled.token;
@@ -173,7 +187,7 @@ static qllm_status distribution_row(void *context, int64_t row, qllm_error *erro
     sample_context *c = context;
     const batch *b = &c->batch;
     int64_t start = row * b->logits.vocab;
-    return qllm_distribution(b->logits.data + start, b->logits.vocab, &b->sampling[row],
+    return qllm_distribution(b->ops, b->logits.data + start, b->logits.vocab, &b->sampling[row],
                              b->history[row], b->n_history[row], b->scratch,
                              c->probabilities + start, error);
 }
@@ -181,14 +195,16 @@ static qllm_status distribution_row(void *context, int64_t row, qllm_error *erro
 static PyObject *py_sample(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
-                            "repetition_penalty", "seed", "prompt", "step", "history", NULL};
+                            "repetition_penalty", "seed", "prompt", "step", "history", "isa",
+                            NULL};
     const qllm_state *state = qllm_state_of(module);
     PyObject *logits, *p[N_PARAMETERS] = {NULL}, *arrays[3] = {NULL}, *result = NULL;
+    const char *isa = NULL;
     sample_context c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOO:sample", names, &logits, &p[0],
-                                     &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8]))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOz:sample", names, &logits, &p[0],
+                                     &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &isa))
         return NULL;
-    if (batch_parse(state, logits, p, &c.batch) < 0)
+    if (batch_parse(state, logits, p, isa, &c.batch) < 0)
         goto out;
     const qllm_logit_rows *r = &c.batch.logits;
     arrays[0] = qllm_array_new(QLLM_ARRAY_I64, 1, &r->n, (void **)&c.tokens);
@@ -211,15 +227,16 @@ out:
 static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
-                            "repetition_penalty", "history", NULL};
+                            "repetition_penalty", "history", "isa", NULL};
     const qllm_state *state = qllm_state_of(module);
     PyObject *logits, *p[N_PARAMETERS] = {NULL}, *result = NULL;
+    const char *isa = NULL;
     sample_context c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOO:distribution", names, &logits,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOz:distribution", names, &logits,
                                      &p[TEMPERATURE], &p[TOP_K], &p[TOP_P], &p[MIN_P], &p[PENALTY],
-                                     &p[HISTORY]))
+                                     &p[HISTORY], &isa))
         return NULL;
-    if (batch_parse(state, logits, p, &c.batch) == 0) {
+    if (batch_parse(state, logits, p, isa, &c.batch) == 0) {
         const qllm_logit_rows *r = &c.batch.logits;
         const int64_t shape[2] = {r->n, r->vocab};
         result = qllm_array_new(QLLM_ARRAY_F32, 2 - r->single, shape + r->single,
@@ -234,27 +251,33 @@ static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwa
 /* ------------------------------------------------------------------------------------- logprobs */
 
 typedef struct logprob_context {
+    const qllm_logit_ops *ops;
     qllm_logit_rows logits;
     const int64_t *tokens;
     double *out;
+    void *scratch;
 } logprob_context;
 
 static qllm_status logprob_row(void *context, int64_t row, qllm_error *error)
 {
     logprob_context *c = context;
-    return qllm_logprob(c->logits.data + row * c->logits.vocab, c->logits.vocab, c->tokens[row],
-                        &c->out[row], error);
+    return qllm_logprob(c->ops, c->logits.data + row * c->logits.vocab, c->logits.vocab,
+                        c->tokens[row], c->scratch, &c->out[row], error);
 }
 
 static PyObject *py_logprobs(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"logits", "tokens", NULL};
+    static char *names[] = {"logits", "tokens", "isa", NULL};
     const qllm_state *state = qllm_state_of(module);
     PyObject *logits, *tokens, *token_array = NULL, *result = NULL;
+    const char *isa = NULL;
     logprob_context c = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:logprobs", names, &logits, &tokens))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$z:logprobs", names, &logits, &tokens,
+                                     &isa) ||
+        (c.ops = qllm_choose_logit_ops(state, isa)) == NULL)
         return NULL;
     if (qllm_parse_rows(state, logits, "logits", &c.logits) == 0 &&
+        sample_scratch(state, c.logits.vocab, &c.scratch) == 0 &&
         (token_array = qllm_parse_tokens(state, tokens, &c.logits, "tokens")) != NULL) {
         c.tokens = qllm_array_data(token_array);
         result = qllm_array_new(QLLM_ARRAY_F64, 1, &c.logits.n, (void **)&c.out);
@@ -264,6 +287,7 @@ static PyObject *py_logprobs(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     Py_XDECREF(token_array);
     Py_XDECREF(c.logits.array);
+    qllm_free(c.scratch);
     return result;
 }
 
@@ -346,16 +370,16 @@ static PyObject *py_philox(PyObject *module, PyObject *args, PyObject *kwargs)
 static PyMethodDef functions[] = {
     {"sample", (PyCFunction)(void (*)(void))py_sample, KEYWORDS,
      "sample($module, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, "
-     "repetition_penalty=1.0, seed=0, prompt=0, step=0, history=None)\n--\n\n"
+     "repetition_penalty=1.0, seed=0, prompt=0, step=0, history=None, isa=None)\n--\n\n"
      "Draws a token for each row of logits, (vocab) or (n, vocab) float32: tokens int64, logprobs "
      "float32, sampling_logprobs float32, each (n), or numbers for one row. See qllm.sample."},
     {"distribution", (PyCFunction)(void (*)(void))py_distribution, KEYWORDS,
      "distribution($module, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, "
-     "repetition_penalty=1.0, history=None)\n--\n\n"
+     "repetition_penalty=1.0, history=None, isa=None)\n--\n\n"
      "The probabilities that sample draws from, float32 of the shape of logits: exactly 0 for "
      "tokens that were filtered out."},
     {"logprobs", (PyCFunction)(void (*)(void))py_logprobs, KEYWORDS,
-     "logprobs($module, logits, tokens)\n--\n\n"
+     "logprobs($module, logits, tokens, *, isa=None)\n--\n\n"
      "log softmax(logits)[token] of each row, (vocab) or (n, vocab) float32, and its token: "
      "float64 (n), or a number for one row."},
     {"gumbel", (PyCFunction)(void (*)(void))py_gumbel, KEYWORDS,

@@ -1,0 +1,12 @@
+#include "cpu/logits.h"
+
+const qllm_logit_ops *qllm_logit_ops_get(qllm_isa isa)
+{
+    switch (isa) {
+#if defined(__x86_64__)
+    case QLLM_ISA_AVX2: return &qllm_logit_ops_avx2;
+    case QLLM_ISA_AVX512: return &qllm_logit_ops_avx512;
+#endif
+    default: return &qllm_logit_ops_scalar;
+    }
+}
