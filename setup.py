@@ -6,6 +6,7 @@ QLLM_WERROR=1                                 turns warnings into errors (CI doe
 
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -47,22 +48,31 @@ def flags_by_suffix(compiler: list[str]) -> dict[str, list[str]]:
 
 
 class BuildExt(build_ext):
-    """Leaves out the files of other machines, and adds each file's own flags to its compilation."""
+    """Leaves out the files of other machines, adds each file's own flags to its compilation, and
+    compiles as many files at once as there are processors."""
 
     def build_extensions(self) -> None:
-        compile_one = self.compiler._compile
+        compile_one, link = self.compiler._compile, self.compiler.link_shared_object
         sets = flags_by_suffix(self.compiler.compiler_so)
         foreign = tuple(suffix for suffix in {**X86, **ARM64} if suffix not in sets)
         for ext in self.extensions:
             ext.sources = [file for file in ext.sources if not file.endswith(foreign)]
+        pool, running = ThreadPoolExecutor(os.cpu_count()), []
 
-        def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
+        def start(obj, src, ext, cc_args, extra_postargs, pp_opts):
             extra = [flag for suffix, flags in sets.items() if src.endswith(suffix)
                      for flag in flags]
-            compile_one(obj, src, ext, cc_args, list(extra_postargs) + extra, pp_opts)
+            running.append(pool.submit(compile_one, obj, src, ext, cc_args,
+                                       list(extra_postargs) + extra, pp_opts))
 
-        self.compiler._compile = compile_with_flags
-        super().build_extensions()
+        def link_when_compiled(*args, **kwargs):
+            for compilation in running:
+                compilation.result()
+            link(*args, **kwargs)
+
+        self.compiler._compile, self.compiler.link_shared_object = start, link_when_compiled
+        with pool:
+            super().build_extensions()
 
 
 def extension() -> Extension:
