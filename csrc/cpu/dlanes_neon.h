@@ -1,5 +1,5 @@
-/* Eight float64 and eight uint64 lanes in four 128-bit registers of Armv8-A: see dlanes_scalar.h for
- * what each function means. */
+/* Eight float64 and eight uint64 lanes in four 128-bit registers of Armv8-A: see dlanes_scalar.h
+ * for what each function means. */
 #ifndef QLLM_CPU_DLANES_NEON_H
 #define QLLM_CPU_DLANES_NEON_H
 
