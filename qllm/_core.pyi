@@ -80,7 +80,10 @@ def quantize(
     allow_nonfinite: bool = False,
     name: str = "array",
     dtype: str | None = None,
-) -> QuantizedTensor: ...
+    isa: str | None = None,
+) -> QuantizedTensor:
+    """isa: of the functions, "reference" the plain ones; the bytes do not depend on it."""
+
 def quantized_from_parts(
     format: str,
     shape: tuple[int, int],
@@ -172,7 +175,34 @@ def linear(
 def linear_name(weight: QuantizedTensor, m: int, *, isa: str | None = None) -> str:
     """Which kernel multiplies m rows by this weight."""
 
-def pack_roundtrip(weight: QuantizedTensor, /) -> QuantizedTensor: ...
+# csrc/python/py_encode.c
+
+def pack_roundtrip(
+    weight: QuantizedTensor, *, isa: str | None = None, threads: int | None = None
+) -> QuantizedTensor: ...
+def pack_source(
+    array: Any,
+    format: str,
+    blocksize: int = 64,
+    *,
+    name: str = "array",
+    dtype: str | None = None,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> tuple[QuantizedTensor, dict[str, float]]:
+    """Quantized straight into the CPU's layout, unpacked again, and its error."""
+
+def quantize_pass(
+    array: Any,
+    format: str,
+    blocksize: int = 64,
+    *,
+    name: str = "array",
+    dtype: str | None = None,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Reads and quantizes and keeps nothing: what that costs by itself."""
 
 # the decoder: csrc/python/py_decoder.c over csrc/core/backend.h
 
@@ -211,8 +241,32 @@ class Decoder:
         """values float32 (n,)."""
     def set_embedding(self, weight: QuantizedTensor, /) -> None:
         """A float format, (vocab, hidden)."""
+    def load_linear(
+        self,
+        slot: str,
+        array: Any,
+        format: str,
+        blocksize: int = 64,
+        bias: Any = None,
+        *,
+        name: str = "array",
+        dtype: str | None = None,
+    ) -> int:
+        """set_linear(slot, quantize(array, format, blocksize), bias) without a second copy; returns
+        nbytes of that QuantizedTensor."""
+    def load_embedding(
+        self, array: Any, format: str, *, name: str = "array", dtype: str | None = None
+    ) -> None:
+        """The same for the embedding."""
+    def tie_embedding(self) -> None:
+        """The embedding becomes the head's weight, of a float format, held once; it stays what it
+        is when the head is set anew."""
     def linear(self, slot: str, /) -> QuantizedTensor:
         """The bytes that were set; "embedding" too."""
+    def linear_error(
+        self, slot: str, array: Any, *, name: str = "array", dtype: str | None = None
+    ) -> dict[str, float]:
+        """linear(slot).error(array) without a copy of the weight."""
     def sequence(self) -> Sequence: ...
     def step(
         self, sequences: list[Sequence] | tuple[Sequence, ...], tokens: Any, want: Any = None
@@ -223,4 +277,4 @@ class Decoder:
         """device, isa, threads, cpu_model, compute, kernels ({format: [names]}), int8_threshold,
         int8_outliers."""
     def nbytes(self) -> dict[str, int]:
-        """weights, embedding, kv_cache, scratch."""
+        """weights, embedding (0 when it is the head's weight), kv_cache, scratch."""

@@ -152,6 +152,10 @@ class Checkpoint:
             raise QllmFileError(f"{self.folder} has no tensor {quoted(name)}")
         return file.entry(name)
 
+    def release(self, entry: TensorEntry) -> None:
+        """Says that the bytes of `entry` are not needed for now; see `SafetensorsFile.release`."""
+        self._owner[entry.name].release(entry.name)
+
     def unchanged(self) -> bool:
         """Whether all weight files are still those which were opened."""
         return all(file.unchanged() for file in self._files)

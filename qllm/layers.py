@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -51,16 +52,28 @@ class Layers:
     @property
     def formats(self) -> dict[str, str]:
         """Module name -> format, every linear layer."""
-        return {module: state.format for module, state in self._states.items()}
+        return {module: self._states[module].format for module in self._modules}
 
     def load(self, config: QuantConfig | None) -> None:
-        """Sets every layer, in the folder's format where `config` does not select it."""
+        """Sets every layer, in the folder's format where `config` does not select it. The largest
+        comes first, when least memory is taken: its pages of the file count beside it."""
         selected = set() if config is None else set(self._select(config)[0])
-        for module, linear in self._modules.items():
+        largest_first = sorted(self._modules.items(), key=lambda item: -math.prod(item[1].shape))
+        for module, linear in largest_first:
             if config is not None and module in selected:
                 self._states[module] = self._set(linear, config.format, config.blocksize)
             else:
                 self._states[module] = self._set(linear, ORIGINAL, 0)
+
+    def shares_embedding(self, config: QuantConfig | None) -> bool:
+        """Whether `load(config)` gives the decoder its embedding too: the tied output embedding, in
+        the format of the folder."""
+        head = self._architecture.head
+        if not self._architecture.tied:
+            return False
+        if config is None or head.module not in self._select(config)[0]:
+            return True
+        return config.format in (ORIGINAL, FLOAT_DTYPES[self._entry(head).dtype])
 
     def quantize(self, config: QuantConfig) -> QuantReport:
         """Swaps the layers that `config` selects; see `Model.quantize_`."""
@@ -153,22 +166,28 @@ class Layers:
         if stored is not None:
             # _select and _put_back ask only for the stored format here
             weight = from_bnb(stored, linear.module)
-            as_stored = True
-        else:
-            entry = self._entry(linear)
-            original = FLOAT_DTYPES[entry.dtype]
-            if format == ORIGINAL:
-                format = original
-            weight = quantize_entry(entry, format, blocksize or 64, linear.module)
-            as_stored = format == original
-        self._decoder.set_linear(linear.slot, weight, self._bias(linear))
+            self._decoder.set_linear(linear.slot, weight, self._bias(linear))
+            return _State(
+                weight.format, weight.blocksize, True, weight.nbytes, weight.bits_per_weight
+            )
+        entry = self._entry(linear)
+        original = FLOAT_DTYPES[entry.dtype]
+        if format == ORIGINAL:
+            format = original
+        size = load_entry(
+            self._decoder, linear.slot, entry, format, blocksize or 64, self._bias(linear),
+            linear.module,
+        )
+        self._checkpoint.release(entry)
+        if self._architecture.tied and linear is self._architecture.head and format == original:
+            self._decoder.tie_embedding()
         return _State(
-            weight.format,
-            weight.blocksize,
-            as_stored,
-            weight.nbytes,
-            weight.bits_per_weight,
-            *((0.0, np.inf) if as_stored and stored is None else ()),
+            format,
+            (blocksize or 64) if is_4bit(format) else None,
+            format == original,
+            size,
+            8 * size / math.prod(linear.shape),
+            *((0.0, np.inf) if format == original else ()),
         )
 
     def _with_error(self, linear: Linear, state: _State) -> _State:
@@ -176,8 +195,10 @@ class Layers:
         if state.rmse is not None or state.stored:
             return state
         entry = self._entry(linear)
-        weight = self._decoder.linear(linear.slot)
-        error = weight.error(entry.numpy(), dtype=dtype_of(entry), name=linear.module)
+        error = self._decoder.linear_error(
+            linear.slot, entry.numpy(), dtype=dtype_of(entry), name=linear.module
+        )
+        self._checkpoint.release(entry)
         return replace(state, rmse=error["rmse"], sqnr_db=error["sqnr_db"])
 
     def _is(self, linear: Linear, state: _State, config: QuantConfig) -> bool:
@@ -293,9 +314,19 @@ def dtype_of(entry: TensorEntry) -> str | None:
     return "bfloat16" if entry.dtype == "BF16" else None
 
 
-def quantize_entry(entry: TensorEntry, format: str, blocksize: int, name: str) -> Any:
-    """An unquantized tensor of the folder as `_core.QuantizedTensor`."""
-    return _core.quantize(entry.numpy(), format, blocksize, name=name, dtype=dtype_of(entry))
+def load_entry(
+    decoder: Any,
+    slot: str,
+    entry: TensorEntry,
+    format: str,
+    blocksize: int,
+    bias: np.ndarray | None,
+    name: str,
+) -> int:
+    """Puts an unquantized tensor of the folder into a linear slot, quantized on the way; returns
+    the bytes that `format` takes for it."""
+    array, dtype = entry.numpy(), dtype_of(entry)
+    return decoder.load_linear(slot, array, format, blocksize, bias, name=name, dtype=dtype)
 
 
 def to_float32(entry: TensorEntry) -> np.ndarray:

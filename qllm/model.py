@@ -13,12 +13,12 @@ import numpy as np
 
 from . import _core
 from . import generation as _generation
-from .architectures import Architecture, bind, describe
+from .architectures import FLOAT_DTYPES, Architecture, bind, describe
 from .checkpoint import Checkpoint
 from .config import GenerationConfig, QuantConfig, check_compute
 from .errors import QllmFileError, QllmUnsupportedError, QllmValueError
 from .generation import BATCH_SIZE, Generation, Progress, Request, Row
-from .layers import Layers, quantize_entry, to_float32
+from .layers import Layers, dtype_of, to_float32
 from .report import ModelInfo, QuantReport
 from .strict_json import quoted
 from .tokenizer import TextStream, Tokenizer
@@ -132,9 +132,15 @@ class Model:
 
     def _load(self, config: QuantConfig | None) -> None:
         architecture, checkpoint = self.architecture, self.checkpoint
-        entry = checkpoint.entry(architecture.stored(architecture.embedding) + ".weight")
-        format = {"F32": "f32", "F16": "f16", "BF16": "bf16"}[entry.dtype]
-        self.decoder.set_embedding(quantize_entry(entry, format, 64, architecture.embedding))
+        if not self._layers.shares_embedding(config):
+            entry = checkpoint.entry(architecture.stored(architecture.embedding) + ".weight")
+            self.decoder.load_embedding(
+                entry.numpy(),
+                FLOAT_DTYPES[entry.dtype],
+                name=architecture.embedding,
+                dtype=dtype_of(entry),
+            )
+            checkpoint.release(entry)
         for vector in architecture.vectors:
             values = to_float32(checkpoint.entry(architecture.stored(vector.tensor)))
             self.decoder.set_vector(vector.slot, values)

@@ -134,6 +134,7 @@ class SafetensorsFile:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise QllmFileError(f"{self.path} cannot be opened: {reason}") from None
+        self._start = start
         self._data: memoryview | None = memoryview(self._map)[start:]
 
     @property
@@ -156,6 +157,19 @@ class SafetensorsFile:
         return TensorEntry(
             name, header.dtype, header.shape, self._data[header.begin : header.end], self.path
         )
+
+    def release(self, name: str) -> None:
+        """Lets go of the memory that the pages of the tensor `name` take in this process. Its
+        entries stay valid: what is read again comes from the file again, or from the system's
+        cache. Without effect on systems that do not offer it."""
+        advice = getattr(mmap, "MADV_DONTNEED", None)
+        if advice is None or self._data is None:
+            return
+        header = self._headers[name]
+        first = -(-(self._start + header.begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (self._start + header.end) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self._map.madvise(advice, first, last - first)
 
     def unchanged(self) -> bool:
         """Whether the path still names the file that was opened, of the same size and time."""

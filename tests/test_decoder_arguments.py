@@ -65,6 +65,65 @@ def test_linear_gives_back_the_bytes_that_were_set(fmt: str) -> None:
             assert decoder.linear("embedding").packed.tobytes() == weight.packed.tobytes()
 
 
+@pytest.mark.parametrize("fmt", ["f32", "f16", "bf16", "nf4", "fp4", "nf4-dq", "fp4-dq", "int8"])
+def test_load_linear_is_quantize_and_set_linear(fmt: str) -> None:
+    """Bytes, size, bias and error; on one thread and on several."""
+    rng = np.random.default_rng(1)
+    for config, threads in ((llama(), 1), (CONFIGS["odd sizes"], 3)):
+        decoder = _core.Decoder(config, threads=threads)
+        for slot in ("layers.1.up", "head"):
+            values = rng.normal(size=decoder.slots()[slot]).astype(np.float32)
+            weight = _core.quantize(values, fmt, 128, isa="reference")
+            assert decoder.load_linear(slot, values, fmt, 128, None) == weight.nbytes
+            back = decoder.linear(slot)
+            assert (back.format, back.blocksize) == (fmt, weight.blocksize)
+            assert back.packed.tobytes() == weight.packed.tobytes()
+            assert back.dequantize().tobytes() == weight.dequantize().tobytes()
+            assert decoder.linear_error(slot, values) == weight.error(values)
+
+
+def test_load_linear_takes_a_bias(small: Weights) -> None:
+    decoder = small.decoder(threads=1)
+    bias = np.arange(48, dtype=np.float32)
+    decoder.set_linear("layers.0.o", _core.quantize(small.arrays["layers.0.o"], "f32"), bias)
+    expected = prefill(decoder, tokens(6))
+    decoder.load_linear("layers.0.o", small.arrays["layers.0.o"], "f32")
+    assert not np.array_equal(prefill(decoder, tokens(6)), expected)
+    decoder.load_linear("layers.0.o", small.arrays["layers.0.o"], "f32", bias=bias)
+    assert np.array_equal(prefill(decoder, tokens(6)), expected)
+
+
+def test_the_embedding_can_be_the_heads_weight(small: Weights) -> None:
+    """Whatever replaces one of the two leaves it to the other, in any order."""
+    head, other = small.arrays["head"], small.arrays["embedding"]
+    for fmt in ("f32", "f16", "bf16"):
+        decoder = small.decoder(threads=2)
+        decoder.load_embedding(head, fmt)
+        decoder.load_linear("head", head, fmt)
+        expected, alone = prefill(decoder, tokens(6)), decoder.nbytes()
+        decoder.tie_embedding()
+        assert decoder.nbytes() == alone | {"embedding": 0}
+        assert np.array_equal(prefill(decoder, tokens(6)), expected)
+        decoder.tie_embedding()
+        decoder.load_linear("head", other, "nf4")
+        assert decoder.nbytes()["embedding"] == alone["embedding"]
+        assert decoder.linear("embedding").packed.tobytes() == \
+            _core.quantize(head, fmt).packed.tobytes()
+        with pytest.raises(NotImplementedError, match="head's weight, which has format nf4"):
+            decoder.tie_embedding()
+        decoder.load_linear("head", head, fmt)
+        assert np.array_equal(prefill(decoder, tokens(6)), expected)
+        decoder.tie_embedding()
+        decoder.set_embedding(_core.quantize(other, fmt))
+        assert decoder.linear("head").packed.tobytes() == _core.quantize(head, fmt).packed.tobytes()
+        assert not np.array_equal(prefill(decoder, tokens(6)), expected)
+        decoder.tie_embedding()
+        assert np.array_equal(prefill(decoder, tokens(6)), expected)
+        assert decoder.nbytes()["embedding"] == 0
+    with pytest.raises(ValueError, match="slot 'head': no weight has been set yet"):
+        _core.Decoder(llama(), threads=1).tie_embedding()
+
+
 def test_slots_of_every_kind_of_decoder() -> None:
     assert _core.Decoder(llama(layers=1), threads=1).slots() == {
         "embedding": (37, 48), "layers.0.attention_norm.weight": (48,),
@@ -121,6 +180,22 @@ def test_bad_weights_are_refused_and_the_old_ones_stay(small: Weights) -> None:
         (lambda: decoder.set_vector("final_norm.weight", np.zeros(48)), "final_norm.weight: exp"),
         (lambda: decoder.set_vector("final_norm.bias", vector), "no such slot"),
         (lambda: decoder.set_embedding(matrix), r"'embedding': the weight has shape \(48, 64\)"),
+        (lambda: decoder.load_linear("layers.0.q", np.zeros((48, 64), np.float32), "nf4"),
+         r"slot 'layers.0.q': the weight has shape \(48, 64\), expected \(64, 48\)"),
+        (lambda: decoder.load_linear("layers.0.o", np.full((48, 64), np.nan, np.float32), "nf4",
+                                     name="a name"), "a name: the value at row 0, column 0 is nan"),
+        (lambda: decoder.load_linear("layers.0.o", np.zeros((48, 64), np.float32), "nf4", 48),
+         "array: blocksize 48 was given for nf4"),
+        (lambda: decoder.load_linear("layers.0.o", np.zeros((48, 64), np.float32), "nf5"),
+         "format: 'nf5' is unknown"),
+        (lambda: decoder.load_linear("layers.0.o", np.zeros((48, 64)), "nf4"), "array: expected"),
+        (lambda: decoder.load_linear("layers.0.o", np.zeros((48, 64), np.float32), "nf4",
+                                     bias=np.zeros(47, np.float32)), "47 values, expected 48"),
+        (lambda: decoder.load_embedding(np.zeros((48, 64), np.float32), "f32"),
+         r"'embedding': the weight has shape \(48, 64\)"),
+        (lambda: decoder.linear_error("layers.0.o", np.zeros((64, 48), np.float32)),
+         r"array: shape \(64, 48\) does not match the quantized weight's \(48, 64\)"),
+        (lambda: decoder.linear_error("layers.0.qkv", np.zeros((64, 48), np.float32)), "no such"),
         (lambda: decoder.linear("final_norm.weight"), "set with set_vector"),
         (lambda: decoder.linear("layers.0.qkv"), "no such slot"),
     ]
@@ -129,6 +204,8 @@ def test_bad_weights_are_refused_and_the_old_ones_stay(small: Weights) -> None:
             action()
     with pytest.raises(NotImplementedError, match="format nf4 is not offered for the embedding"):
         decoder.set_embedding(square)
+    with pytest.raises(NotImplementedError, match="format int8 is not offered for the embedding"):
+        decoder.load_embedding(np.zeros((37, 48), np.float32), "int8")
     for action in (lambda: decoder.set_linear("layers.0.o", vector), lambda: decoder.linear(3),
                    lambda: decoder.set_embedding(None), lambda: decoder.set_linear(3, matrix)):
         with pytest.raises(TypeError):

@@ -108,7 +108,8 @@ def test_counters_of_bytes(small: Weights) -> None:
     decoder.set_vector("final_norm.weight", small.arrays["final_norm.weight"])
     assert decoder.nbytes()["weights"] == 4 * SIZES["hidden"]
     decoder.set_embedding(_core.quantize(small.arrays["embedding"], "bf16"))
-    assert decoder.nbytes()["embedding"] == 2 * VOCAB * SIZES["hidden"]
+    padded = (VOCAB + 15) // 16 * 16  # whole tiles, and a line behind them
+    assert decoder.nbytes()["embedding"] == 2 * padded * SIZES["hidden"] + 64
     before = decoder.nbytes()["weights"]
     head = small.arrays["head"]
     decoder.set_linear("head", _core.quantize(head, "f32"))
@@ -247,7 +248,11 @@ def test_failing_allocations_elsewhere(small: Weights) -> None:
         "set_vector": lambda: decoder.set_vector("final_norm.weight", np.ones(48, np.float32)),
         "set_embedding": lambda: decoder.set_embedding(_core.quantize(
             np.zeros((VOCAB, 48), np.float32), "f32")),
+        "load_linear": lambda: decoder.load_linear("head", small.arrays["head"], "nf4-dq", 32,
+                                                   np.ones(VOCAB, np.float32)),
+        "load_embedding": lambda: decoder.load_embedding(small.arrays["head"], "bf16"),
         "linear": lambda: decoder.linear("head"),
+        "linear_error": lambda: decoder.linear_error("head", small.arrays["head"]),
         "sequence": decoder.sequence,
         "fork": sequence.fork,
         "Decoder": lambda: _core.Decoder(llama(sliding_window=np.zeros(2, np.int64)), threads=2),

@@ -251,16 +251,17 @@ def test_sequences_and_streams_outlive_the_model(folder: Path) -> None:
 
 
 class InterruptedAfter:
-    """A decoder whose n-th set_linear is followed by Ctrl-C, which arrived while it worked."""
+    """A decoder whose n-th load_linear is followed by Ctrl-C, which arrived while it worked."""
 
     def __init__(self, decoder: Any, n: int) -> None:
         self._decoder, self._left = decoder, n
 
-    def set_linear(self, *arguments: Any) -> None:
-        self._decoder.set_linear(*arguments)
+    def load_linear(self, *arguments: Any, **named: Any) -> int:
+        size = self._decoder.load_linear(*arguments, **named)
         self._left -= 1
         if self._left == 0:
             raise KeyboardInterrupt
+        return size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)

@@ -354,7 +354,7 @@ def test_info_says_what_runs(folder: Path) -> None:
     assert (info.device, info.compute, info.isa, info.threads) == ("cpu", "exact", "scalar", 1)
     assert info.parameters == sum(a.size for a in tiny_models.tensors(tiny_models.LLAMA).values())
     assert info.files == ("model.safetensors",)
-    assert info.bytes["embedding"] == 131 * 64 * 2
+    assert info.bytes["embedding"] == 144 * 64 * 2 + 64  # whole tiles, and a line behind them
     assert all("scalar" in name for names in info.kernels.values() for name in names)
     assert json.loads(json.dumps(info.to_dict()))["formats"] == {"nf4": 14, "bf16": 1}
     assert "nf4: 14 layers" in str(info) and "scalar" in info._repr_html_()
@@ -368,6 +368,31 @@ def test_tied_parameters_count_once(tmp_path: Path) -> None:
         assert model.info().parameters == count and model.info().tied
 
 
+def test_a_tied_embedding_is_held_once(tmp_path: Path) -> None:
+    """The embedding is the head's weight, keeps it when the head is swapped, and shares it again
+    when it is swapped back."""
+    folder = made(tmp_path / "tied", TIED)
+    model = load(folder)
+    before, held = model.logits(IDS), model.info().bytes
+    bits = model.decoder.linear("embedding").packed.tobytes()
+    assert held["embedding"] == 0
+    assert bits == model.decoder.linear("head").packed.tobytes()
+    model.quantize_("nf4", include="lm_head", quantize_head=True)
+    own = model.info().bytes["embedding"]
+    assert own > 0 and model.decoder.linear("embedding").packed.tobytes() == bits
+    swapped = model.logits(IDS)
+    assert not np.array_equal(swapped, before)
+    model.quantize_("f32", include="lm_head")
+    assert model.info().bytes["embedding"] == own
+    assert close(model.logits(IDS), before)
+    model.quantize_("original")
+    assert model.info().bytes == held and np.array_equal(model.logits(IDS), before)
+    again = load(folder, "nf4", include="lm_head", quantize_head=True)
+    assert again.info().bytes["embedding"] == own and np.array_equal(again.logits(IDS), swapped)
+    again.quantize_("bf16", include="lm_head")
+    assert again.info().bytes == held and np.array_equal(again.logits(IDS), before)
+
+
 # ------------------------------------------------------------------------------ whole or not at all
 
 
@@ -377,7 +402,7 @@ def test_a_failing_swap_leaves_the_model_as_it_was(
 ) -> None:
     model = load(folder)
     model.quantize_("fp4", include="*.0.mlp.*", blocksize=128)
-    before, formats, calls, real = model.logits(IDS), model.formats, [], layers.quantize_entry
+    before, formats, calls, real = model.logits(IDS), model.formats, [], layers.load_entry
 
     def failing(*arguments: Any) -> Any:
         calls.append(arguments[-1])
@@ -385,7 +410,7 @@ def test_a_failing_swap_leaves_the_model_as_it_was(
             raise error("in the middle")
         return real(*arguments)
 
-    monkeypatch.setattr(layers, "quantize_entry", failing)
+    monkeypatch.setattr(layers, "load_entry", failing)
     with pytest.raises(error, match="in the middle"):
         model.quantize_("nf4")
     assert len(calls) == 9 + 8 and model.formats == formats  # eight were put back
@@ -398,7 +423,7 @@ def test_when_putting_back_fails_too_the_error_names_the_layers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(folder)
-    real, calls = layers.quantize_entry, []
+    real, calls = layers.load_entry, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(arguments[-1])
@@ -406,7 +431,7 @@ def test_when_putting_back_fails_too_the_error_names_the_layers(
             raise qllm.QllmMemoryError("no memory")
         return real(*arguments)
 
-    monkeypatch.setattr(layers, "quantize_entry", failing)
+    monkeypatch.setattr(layers, "load_entry", failing)
     with pytest.raises(qllm.QllmMemoryError) as caught:
         model.quantize_("nf4")
     changed = [module for module, format in model.formats.items() if format == "nf4"]

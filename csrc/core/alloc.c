@@ -58,7 +58,8 @@ static qllm_status allocate(void **out, int64_t count, int64_t size, bool large,
     if (memory == NULL)
         return qllm_fail(error, QLLM_MEMORY, "%s: could not allocate %" PRId64 " bytes; "
                          "use a smaller model, batch or format", what, bytes);
-    memset(memory, 0, (size_t)bytes);
+    if (!large)
+        memset(memory, 0, (size_t)bytes);
     *out = memory;
     return QLLM_OK;
 }

@@ -10,9 +10,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "core/quant.h"
 #include "core/qweight.h"
 
-enum { QLLM_BACKEND_ABI = 1, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
+enum { QLLM_BACKEND_ABI = 2, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
 
 struct qllm_decoder_config; /* decoder/config.h: the same for every device */
 
@@ -43,7 +44,7 @@ typedef struct qllm_slot {
 /* Bytes held now. */
 typedef struct qllm_decoder_bytes {
     int64_t weights;   /* linear layers with their biases, and vectors */
-    int64_t embedding;
+    int64_t embedding; /* 0 when it is the head's weight */
     int64_t kv_cache;  /* keys and values of all sequences, shared parts counted once */
     int64_t scratch;   /* everything else that lasts: buffers of a step, position tables */
 } qllm_decoder_bytes;
@@ -78,9 +79,24 @@ typedef struct qllm_backend {
                               int64_t n, qllm_error *error);
     qllm_status (*set_embedding)(qllm_decoder *decoder, const qllm_qweight *weight,
                                  qllm_error *error);
+    /* The same straight from unquantized values, such as those of a mapped file: quantized to
+     * `format` (the 4-bit ones with `blocksize`) as by qllm_quantize without allow_nonfinite, with
+     * no second copy on the way.  `name` is the tensor's, for error sentences. */
+    qllm_status (*load_linear)(qllm_decoder *decoder, const char *slot, const qllm_tensor *values,
+                               qllm_format format, int64_t blocksize, const char *name,
+                               const float *bias, int64_t bias_length, qllm_error *error);
+    qllm_status (*load_embedding)(qllm_decoder *decoder, const qllm_tensor *values,
+                                  qllm_format format, const char *name, qllm_error *error);
+    /* The embedding becomes the weight that the slot "head" has now, in a float format, and is held
+     * once.  When the head is set anew, the embedding keeps what it was. */
+    qllm_status (*tie_embedding)(qllm_decoder *decoder, qllm_error *error);
+
     /* Standard bytes of a linear slot or of the embedding, as they were set; the caller clears. */
     qllm_status (*get_linear)(qllm_decoder *decoder, const char *slot, qllm_qweight *out,
                               qllm_error *error);
+    /* Their error against unquantized values, as by qllm_quantization_error. */
+    qllm_status (*linear_error)(qllm_decoder *decoder, const char *slot, const qllm_tensor *values,
+                                const char *name, qllm_quant_error *out, qllm_error *error);
 
     qllm_status (*sequence_create)(qllm_decoder *decoder, qllm_sequence **out, qllm_error *error);
     /* A sequence that shares what `from` has stored so far; both go on independently. */

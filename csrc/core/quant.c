@@ -24,8 +24,7 @@ static const void *element(const qllm_tensor *source, int64_t i)
     return (const uint8_t *)source->data + i * qllm_dtype_size(source->dtype);
 }
 
-/* Bits of the smallest |x| that rounds to infinity. */
-static uint32_t overflow_bits(qllm_dtype dtype)
+uint32_t qllm_overflow_bits(qllm_dtype dtype)
 {
     switch (dtype) {
     case QLLM_F16: return 0x477ff000u;  /* 65520 */
@@ -38,7 +37,7 @@ static uint32_t overflow_bits(qllm_dtype dtype)
 static qllm_status check_range(const float *x, int64_t first, int64_t n, const qllm_tensor *source,
                                qllm_format format, const char *name, qllm_error *error)
 {
-    uint32_t limit = overflow_bits(qllm_format_dtype(format));
+    uint32_t limit = qllm_overflow_bits(qllm_format_dtype(format));
     if (qllm_largest_bits(x, n) < limit)
         return QLLM_OK;
     int64_t i = 0;
@@ -48,6 +47,22 @@ static qllm_status check_range(const float *x, int64_t first, int64_t n, const q
                      " is beyond the range of %s; use %s", name, (double)x[i],
                      (first + i) / source->cols, (first + i) % source->cols,
                      qllm_format_name(format), format == QLLM_FORMAT_F16 ? "bf16 or f32" : "f32");
+}
+
+qllm_status qllm_quantize_check(const qllm_tensor *source, qllm_format format, const char *name,
+                                qllm_error *error)
+{
+    int64_t elements = source->rows * source->cols;
+    float x[CHUNK];
+    qllm_status status = qllm_tensor_check_finite(source, name, error);
+    if (!qllm_format_is_float(format))
+        return status;
+    for (int64_t first = 0; status == QLLM_OK && first < elements; first += CHUNK) {
+        int64_t n = elements - first < CHUNK ? elements - first : CHUNK;
+        qllm_to_float(element(source, first), source->dtype, n, x);
+        status = check_range(x, first, n, source, format, name, error);
+    }
+    return status;
 }
 
 static qllm_status round_to_float_format(const qllm_tensor *source, bool allow_nonfinite,
@@ -128,27 +143,69 @@ void qllm_dequantize(const qllm_qweight *weight, int64_t first, int64_t count, f
     }
 }
 
-typedef struct error_sums {
-    double absolute, squared, signal, largest;
-} error_sums;
+typedef struct partial_sums {
+    double absolute[16], squared[16], signal[16], largest;
+} partial_sums;
 
-static void add_errors(const float *source, const float *result, int64_t n, error_sums *sums)
+/* A piece of a row that begins at a multiple of 16. */
+static void add_piece(const float *x, const float *y, int64_t n, partial_sums *sums)
 {
     for (int64_t i = 0; i < n; i++) {
-        double value = source[i], difference = fabs(value - (double)result[i]);
-        sums->absolute += difference;
-        sums->squared += difference * difference;
-        sums->signal += value * value;
-        if (!(difference <= sums->largest)) /* true for NaN */
-            sums->largest = difference;
+        double value = x[i], difference = fabs(value - (double)y[i]);
+        sums->absolute[i % 16] += difference;
+        sums->squared[i % 16] += difference * difference;
+        sums->signal[i % 16] += value * value;
+        sums->largest = difference > sums->largest ? difference : sums->largest;
     }
+}
+
+static void fold(partial_sums *sums, qllm_error_sums *out)
+{
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) {
+            sums->absolute[j] += sums->absolute[j + step];
+            sums->squared[j] += sums->squared[j + step];
+            sums->signal[j] += sums->signal[j + step];
+        }
+    *out = (qllm_error_sums){sums->absolute[0], sums->squared[0], sums->signal[0], sums->largest};
+}
+
+void qllm_add_row_error(qllm_error_sums *sums, const qllm_error_sums *row)
+{
+    sums->absolute += row->absolute;
+    sums->squared += row->squared;
+    sums->signal += row->signal;
+    sums->largest = row->largest > sums->largest ? row->largest : sums->largest;
+}
+
+void qllm_finish_error(const qllm_error_sums *sums, int64_t elements, qllm_quant_error *out)
+{
+    double count = elements > 0 ? (double)elements : 1.0;
+    out->mean_abs = sums->absolute / count;
+    out->max_abs = isnan(sums->absolute) ? NAN : sums->largest;
+    out->rmse = sqrt(sums->squared / count);
+    out->sqnr_db = sums->squared == 0.0 ? INFINITY : 10.0 * log10(sums->signal / sums->squared);
+}
+
+static void measure_row(const qllm_tensor *source, const qllm_qweight *weight, int64_t row,
+                        qllm_error_sums *out)
+{
+    float x[CHUNK], y[CHUNK];
+    partial_sums sums = {.largest = 0.0};
+    for (int64_t k = 0; k < source->cols; k += CHUNK) {
+        int64_t n = source->cols - k < CHUNK ? source->cols - k : CHUNK;
+        int64_t first = row * source->cols + k;
+        qllm_to_float(element(source, first), source->dtype, n, x);
+        qllm_dequantize(weight, first, n, y);
+        add_piece(x, y, n, &sums);
+    }
+    fold(&sums, out);
 }
 
 qllm_status qllm_quantization_error(const qllm_tensor *source, const qllm_qweight *weight,
                                     const char *name, qllm_quant_error *out, qllm_error *error)
 {
-    float x[CHUNK], y[CHUNK];
-    error_sums sums = {0.0, 0.0, 0.0, 0.0};
+    qllm_error_sums sums = {.largest = 0.0}, row;
     qllm_status status = qllm_tensor_check(source, name, error);
     if (status != QLLM_OK)
         return status;
@@ -156,17 +213,10 @@ qllm_status qllm_quantization_error(const qllm_tensor *source, const qllm_qweigh
         return qllm_fail(error, QLLM_VALUE, "%s: shape (%" PRId64 ", %" PRId64 ") does not match "
                          "the quantized weight's (%" PRId64 ", %" PRId64 ")", name, source->rows,
                          source->cols, weight->rows, weight->cols);
-    int64_t elements = source->rows * source->cols;
-    for (int64_t first = 0; first < elements; first += CHUNK) {
-        int64_t n = elements - first < CHUNK ? elements - first : CHUNK;
-        qllm_to_float(element(source, first), source->dtype, n, x);
-        qllm_dequantize(weight, first, n, y);
-        add_errors(x, y, n, &sums);
+    for (int64_t r = 0; r < source->rows; r++) {
+        measure_row(source, weight, r, &row);
+        qllm_add_row_error(&sums, &row);
     }
-    double count = elements > 0 ? (double)elements : 1.0;
-    out->mean_abs = sums.absolute / count;
-    out->max_abs = isnan(sums.absolute) ? NAN : sums.largest;
-    out->rmse = sqrt(sums.squared / count);
-    out->sqnr_db = sums.squared == 0.0 ? INFINITY : 10.0 * log10(sums.signal / sums.squared);
+    qllm_finish_error(&sums, source->rows * source->cols, out);
     return QLLM_OK;
 }

@@ -18,6 +18,14 @@ qllm_status qllm_quantize(const qllm_tensor *source, qllm_format format, int64_t
                           bool allow_nonfinite, const char *name, qllm_qweight *weight,
                           qllm_error *error);
 
+/* The error of qllm_quantize for the values of a valid tensor, without allow_nonfinite; QLLM_OK
+ * when it would accept them. */
+qllm_status qllm_quantize_check(const qllm_tensor *source, qllm_format format, const char *name,
+                                qllm_error *error);
+
+/* Bits of the smallest |x| that rounds to infinity. */
+uint32_t qllm_overflow_bits(qllm_dtype dtype);
+
 /* Dequantizes `count` elements from flat index `first` into out, exactly as qweight.h defines. */
 void qllm_dequantize(const qllm_qweight *weight, int64_t first, int64_t count, float *out);
 
@@ -27,6 +35,15 @@ typedef struct qllm_quant_error {
     double rmse;      /* sqrt(mean (w - w')^2) */
     double sqnr_db;   /* 10 log10(sum w^2 / sum (w - w')^2); +inf without error */
 } qllm_quant_error;
+
+/* Sums in float64.  In a row, element i goes to partial sum i % 16, and partial j += partial j + 8
+ * (j < 8), + 4, + 2, + 1; rows are added in ascending order. */
+typedef struct qllm_error_sums {
+    double absolute, squared, signal, largest;
+} qllm_error_sums;
+
+void qllm_add_row_error(qllm_error_sums *sums, const qllm_error_sums *row);
+void qllm_finish_error(const qllm_error_sums *sums, int64_t elements, qllm_quant_error *out);
 
 /* Error of `weight` against `source` of the same shape, in float64. */
 qllm_status qllm_quantization_error(const qllm_tensor *source, const qllm_qweight *weight,
@@ -40,6 +57,12 @@ void qllm_dequantize_4bit(const qllm_qweight *weight, int64_t first, int64_t cou
 void qllm_quantize_nested(const float *absmax, qllm_qweight *weight); /* quant_dq.c */
 void qllm_quantize_int8(const qllm_tensor *source, qllm_qweight *weight); /* quant_int8.c */
 void qllm_dequantize_int8(const qllm_qweight *weight, int64_t first, int64_t count, float *out);
+
+/* Double quantization in its parts: the mean over the values that are not NaN, float64 sums in
+ * ascending order and one rounding to float32 at the end; and the second-level absmax of up to 256
+ * values, the largest |absmax - offset|, NaN where one is NaN. */
+float qllm_nested_offset(const float *absmax, int64_t blocks);
+float qllm_nested_largest(const float *absmax, int64_t n, float offset);
 
 /* The largest |x| of n values as bits of a float32: above 0x7f800000 where one is NaN, equal to it
  * where one is infinite. */

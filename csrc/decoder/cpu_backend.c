@@ -37,6 +37,7 @@ static qllm_status fill(qllm_decoder *decoder, const qllm_decoder_config *config
         status = qllm_weights_init(&decoder->config, &decoder->weights, error);
     if (status == QLLM_OK)
         status = qllm_threads_create(options->threads, &decoder->threads, error);
+    decoder->packer = (qllm_packer){qllm_encode_ops_get(decoder->isa), decoder->threads};
     decoder->linear_options.int8_threshold = options->int8_threshold;
     decoder->linear_options.int8_batch = options->int8_batch;
     qllm_kv_cache_init(&decoder->cache, config->layers, config->kv_heads, config->head_dim);
@@ -89,22 +90,39 @@ static void slot(qllm_decoder *decoder, int64_t index, qllm_slot *out)
 static void exchange(qllm_decoder *decoder, int64_t index, qllm_weight *fresh)
 {
     pthread_mutex_lock(&decoder->lock);
-    qllm_weight old = decoder->weights.slots[index];
-    decoder->weights.slots[index] = *fresh;
+    qllm_weights_exchange(&decoder->weights, &decoder->config, index, fresh);
     pthread_mutex_unlock(&decoder->lock);
-    qllm_weight_clear(&old);
+    qllm_weight_clear(fresh);
+}
+
+static qllm_status put_linear(qllm_decoder *decoder, const qllm_weight_source *source,
+                              qllm_error *error)
+{
+    int64_t index;
+    qllm_weight fresh;
+    qllm_status status = qllm_weight_pack(&decoder->config, &decoder->packer, source, &index,
+                                          &fresh, error);
+    if (status == QLLM_OK)
+        exchange(decoder, index, &fresh);
+    return status;
 }
 
 static qllm_status set_linear(qllm_decoder *decoder, const char *name, const qllm_qweight *weight,
                               const float *bias, int64_t bias_length, qllm_error *error)
 {
-    int64_t index;
-    qllm_weight fresh;
-    qllm_status status = qllm_weight_pack(&decoder->config, name, weight, bias, bias_length, &index,
-                                          &fresh, error);
-    if (status == QLLM_OK)
-        exchange(decoder, index, &fresh);
-    return status;
+    qllm_weight_source source = {.slot = name, .weight = weight, .bias = bias,
+                                 .bias_length = bias_length};
+    return put_linear(decoder, &source, error);
+}
+
+static qllm_status load_linear(qllm_decoder *decoder, const char *slot, const qllm_tensor *values,
+                               qllm_format format, int64_t blocksize, const char *name,
+                               const float *bias, int64_t bias_length, qllm_error *error)
+{
+    qllm_weight_source source = {.slot = slot, .values = values, .format = format,
+                                 .blocksize = blocksize, .name = name, .bias = bias,
+                                 .bias_length = bias_length};
+    return put_linear(decoder, &source, error);
 }
 
 static qllm_status set_vector(qllm_decoder *decoder, const char *name, const float *values,
@@ -119,26 +137,67 @@ static qllm_status set_vector(qllm_decoder *decoder, const char *name, const flo
     return status;
 }
 
-static qllm_status set_embedding(qllm_decoder *decoder, const qllm_qweight *weight,
+static qllm_status put_embedding(qllm_decoder *decoder, const qllm_weight_source *source,
                                  qllm_error *error)
 {
-    qllm_qweight fresh;
-    qllm_status status = qllm_weight_embedding(&decoder->config, weight, &fresh, error);
+    qllm_packed *fresh;
+    qllm_status status = qllm_weight_embedding(&decoder->config, &decoder->packer, source, &fresh,
+                                               error);
     if (status != QLLM_OK)
         return status;
     pthread_mutex_lock(&decoder->lock);
-    qllm_qweight old = decoder->weights.embedding;
-    decoder->weights.embedding = fresh;
+    qllm_weights_exchange_embedding(&decoder->weights, &decoder->config, &fresh);
     pthread_mutex_unlock(&decoder->lock);
-    qllm_qweight_clear(&old);
+    qllm_packed_destroy(fresh);
     return QLLM_OK;
+}
+
+static qllm_status set_embedding(qllm_decoder *decoder, const qllm_qweight *weight,
+                                 qllm_error *error)
+{
+    qllm_weight_source source = {.weight = weight};
+    return put_embedding(decoder, &source, error);
+}
+
+static qllm_status load_embedding(qllm_decoder *decoder, const qllm_tensor *values,
+                                  qllm_format format, const char *name, qllm_error *error)
+{
+    qllm_weight_source source = {.values = values, .format = format, .name = name};
+    return put_embedding(decoder, &source, error);
+}
+
+static qllm_status tie_embedding(qllm_decoder *decoder, qllm_error *error)
+{
+    qllm_packed *old;
+    pthread_mutex_lock(&decoder->lock);
+    qllm_status status = qllm_weights_tie(&decoder->weights, &decoder->config, &old, error);
+    pthread_mutex_unlock(&decoder->lock);
+    qllm_packed_destroy(old);
+    return status;
 }
 
 static qllm_status get_linear(qllm_decoder *decoder, const char *name, qllm_qweight *out,
                               qllm_error *error)
 {
+    const qllm_packed *packed;
     pthread_mutex_lock(&decoder->lock);
-    qllm_status status = qllm_weights_get(&decoder->weights, &decoder->config, name, out, error);
+    qllm_status status = qllm_weights_find(&decoder->weights, &decoder->config, name, &packed,
+                                           error);
+    if (status == QLLM_OK)
+        status = qllm_unpack(&decoder->packer, packed, out, error);
+    pthread_mutex_unlock(&decoder->lock);
+    return status;
+}
+
+static qllm_status linear_error(qllm_decoder *decoder, const char *slot, const qllm_tensor *values,
+                                const char *name, qllm_quant_error *out, qllm_error *error)
+{
+    const qllm_packed *packed;
+    pthread_mutex_lock(&decoder->lock);
+    qllm_status status = qllm_weights_find(&decoder->weights, &decoder->config, slot, &packed,
+                                           error);
+    if (status == QLLM_OK)
+        status = qllm_packed_error(&decoder->packer, packed, values, name, out, error);
     pthread_mutex_unlock(&decoder->lock);
     return status;
 }
@@ -237,9 +296,13 @@ const qllm_backend qllm_cpu_backend = {
     .slot_count = slot_count,
     .slot = slot,
     .set_linear = set_linear,
+    .load_linear = load_linear,
     .set_vector = set_vector,
     .set_embedding = set_embedding,
+    .load_embedding = load_embedding,
+    .tie_embedding = tie_embedding,
     .get_linear = get_linear,
+    .linear_error = linear_error,
     .sequence_create = sequence_create,
     .sequence_fork = sequence_fork,
     .sequence_truncate = sequence_truncate,

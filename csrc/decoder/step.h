@@ -54,6 +54,7 @@ struct qllm_decoder {
     const qllm_cpu_ops *ops;
     qllm_isa isa;
     qllm_threads *threads;
+    qllm_packer packer; /* of weights, on the same threads */
     qllm_linear_options linear_options;
     pthread_mutex_t lock; /* held by a step, and while weights or sequences change */
     qllm_weights weights;

@@ -29,12 +29,20 @@ void qllm_weight_clear(qllm_weight *weight)
     memset(weight, 0, sizeof *weight);
 }
 
+static qllm_packed *head_of(const qllm_weights *weights, const qllm_decoder_config *config)
+{
+    return weights->slots[qllm_slot_of_head(config)].packed;
+}
+
 void qllm_weights_clear(qllm_weights *weights)
 {
     for (int64_t i = 0; i < weights->count; i++)
+        if (weights->slots[i].packed == weights->embedding)
+            weights->embedding = NULL; /* freed with the slot */
+    qllm_packed_destroy(weights->embedding);
+    for (int64_t i = 0; i < weights->count; i++)
         qllm_weight_clear(&weights->slots[i]);
     qllm_free(weights->slots);
-    qllm_qweight_clear(&weights->embedding);
     memset(weights, 0, sizeof *weights);
 }
 
@@ -55,13 +63,30 @@ static qllm_status find_slot(const qllm_decoder_config *config, const char *name
     return QLLM_OK;
 }
 
-static qllm_status check_shape(const qllm_slot *slot, const qllm_qweight *source, qllm_error *error)
+static qllm_status check_shape(const qllm_slot *slot, const qllm_weight_source *source,
+                               qllm_error *error)
 {
-    if (source->rows == slot->rows && source->cols == slot->cols)
+    int64_t rows = source->weight != NULL ? source->weight->rows : source->values->rows;
+    int64_t cols = source->weight != NULL ? source->weight->cols : source->values->cols;
+    if (rows == slot->rows && cols == slot->cols)
         return QLLM_OK;
     return qllm_fail(error, QLLM_VALUE, "slot '%s': the weight has shape (%" PRId64 ", %" PRId64
-                     "), expected (%" PRId64 ", %" PRId64 ")", slot->name, source->rows,
-                     source->cols, slot->rows, slot->cols);
+                     "), expected (%" PRId64 ", %" PRId64 ")", slot->name, rows, cols, slot->rows,
+                     slot->cols);
+}
+
+static qllm_format format_of(const qllm_weight_source *source)
+{
+    return source->weight != NULL ? source->weight->format : source->format;
+}
+
+static qllm_status pack(const qllm_packer *packer, const qllm_slot *slot,
+                        const qllm_weight_source *source, qllm_packed **out, qllm_error *error)
+{
+    if (source->weight != NULL)
+        return qllm_pack(packer, source->weight, slot->name, out, error);
+    return qllm_pack_source(packer, source->values, source->format, source->blocksize,
+                            source->name, out, error);
 }
 
 static qllm_status copy_floats(const float *values, int64_t n, const char *name, float **out,
@@ -75,28 +100,28 @@ static qllm_status copy_floats(const float *values, int64_t n, const char *name,
     return status;
 }
 
-qllm_status qllm_weight_pack(const qllm_decoder_config *config, const char *slot_name,
-                             const qllm_qweight *source, const float *bias, int64_t bias_length,
-                             int64_t *index, qllm_weight *out, qllm_error *error)
+qllm_status qllm_weight_pack(const qllm_decoder_config *config, const qllm_packer *packer,
+                             const qllm_weight_source *source, int64_t *index, qllm_weight *out,
+                             qllm_error *error)
 {
     qllm_slot slot;
     memset(out, 0, sizeof *out);
-    qllm_status status = find_slot(config, slot_name, QLLM_SLOT_LINEAR, index, &slot, error);
+    qllm_status status = find_slot(config, source->slot, QLLM_SLOT_LINEAR, index, &slot, error);
     if (status == QLLM_OK)
         status = check_shape(&slot, source, error);
     if (status != QLLM_OK)
         return status;
-    if (bias != NULL && bias_length != slot.rows)
+    if (source->bias != NULL && source->bias_length != slot.rows)
         return qllm_fail(error, QLLM_VALUE, "slot '%s': the bias has %" PRId64 " values, expected %"
-                         PRId64, slot.name, bias_length, slot.rows);
-    if (source->format == QLLM_FORMAT_INT8 && slot.cols > QLLM_INT8_MAX_COLS)
+                         PRId64, slot.name, source->bias_length, slot.rows);
+    if (format_of(source) == QLLM_FORMAT_INT8 && slot.cols > QLLM_INT8_MAX_COLS)
         return qllm_fail(error, QLLM_UNSUPPORTED, "slot '%s': int8 is offered for at most %d "
                          "columns, found %" PRId64 "; use another format", slot.name,
                          QLLM_INT8_MAX_COLS, slot.cols);
-    if (bias != NULL)
-        status = copy_floats(bias, bias_length, slot.name, &out->values, error);
+    if (source->bias != NULL)
+        status = copy_floats(source->bias, source->bias_length, slot.name, &out->values, error);
     if (status == QLLM_OK)
-        status = qllm_pack(source, slot.name, &out->packed, error);
+        status = pack(packer, &slot, source, &out->packed, error);
     if (status != QLLM_OK) {
         out->packed = NULL;
         qllm_weight_clear(out);
@@ -119,47 +144,63 @@ qllm_status qllm_weight_vector(const qllm_decoder_config *config, const char *sl
     return copy_floats(values, n, slot.name, &out->values, error);
 }
 
-qllm_status qllm_qweight_copy(const qllm_qweight *source, const char *name, qllm_qweight *out,
-                              qllm_error *error)
-{
-    qllm_status status = qllm_qweight_init(out, source->format, source->rows, source->cols,
-                                           source->blocksize, name, error);
-    if (status != QLLM_OK)
-        return status;
-    size_t blocks = (size_t)qllm_qweight_blocks(source);
-    size_t nested = (size_t)qllm_qweight_nested_blocks(source);
-    memcpy(out->data, source->data, (size_t)source->data_bytes);
-    if (source->absmax != NULL)
-        memcpy(out->absmax, source->absmax, blocks * sizeof(float));
-    if (source->absmax_codes != NULL)
-        memcpy(out->absmax_codes, source->absmax_codes, blocks);
-    if (source->nested_absmax != NULL)
-        memcpy(out->nested_absmax, source->nested_absmax, nested * sizeof(float));
-    out->offset = source->offset;
-    memcpy(out->code, source->code, sizeof out->code);
-    memcpy(out->nested_code, source->nested_code, sizeof out->nested_code);
-    return QLLM_OK;
-}
-
-qllm_status qllm_weight_embedding(const qllm_decoder_config *config, const qllm_qweight *source,
-                                  qllm_qweight *out, qllm_error *error)
+qllm_status qllm_weight_embedding(const qllm_decoder_config *config, const qllm_packer *packer,
+                                  const qllm_weight_source *source, qllm_packed **out,
+                                  qllm_error *error)
 {
     qllm_slot slot;
+    *out = NULL;
     qllm_slot_describe(config, qllm_slot_of_embedding(config), &slot);
     qllm_status status = check_shape(&slot, source, error);
     if (status != QLLM_OK)
         return status;
-    if (!qllm_format_is_float(source->format))
+    if (!qllm_format_is_float(format_of(source)))
         return qllm_fail(error, QLLM_UNSUPPORTED, "slot 'embedding': format %s is not offered for "
-                         "the embedding; use f32, f16 or bf16", qllm_format_name(source->format));
-    return qllm_qweight_copy(source, slot.name, out, error);
+                         "the embedding; use f32, f16 or bf16",
+                         qllm_format_name(format_of(source)));
+    return pack(packer, &slot, source, out, error);
+}
+
+void qllm_weights_exchange(qllm_weights *weights, const qllm_decoder_config *config, int64_t index,
+                           qllm_weight *fresh)
+{
+    qllm_weight old = weights->slots[index];
+    weights->slots[index] = *fresh;
+    if (index == qllm_slot_of_head(config) && old.packed == weights->embedding)
+        old.packed = NULL;
+    *fresh = old;
+}
+
+void qllm_weights_exchange_embedding(qllm_weights *weights, const qllm_decoder_config *config,
+                                     qllm_packed **fresh)
+{
+    qllm_packed *old = weights->embedding;
+    weights->embedding = *fresh;
+    *fresh = old == head_of(weights, config) ? NULL : old;
+}
+
+qllm_status qllm_weights_tie(qllm_weights *weights, const qllm_decoder_config *config,
+                             qllm_packed **old, qllm_error *error)
+{
+    qllm_packed *head = head_of(weights, config);
+    *old = NULL;
+    if (head == NULL)
+        return qllm_fail(error, QLLM_VALUE, "slot 'head': no weight has been set yet that the "
+                         "embedding could share");
+    if (!qllm_format_is_float(qllm_packed_format(head)))
+        return qllm_fail(error, QLLM_UNSUPPORTED, "slot 'embedding': it cannot share the head's "
+                         "weight, which has format %s; f32, f16 or bf16 is needed",
+                         qllm_format_name(qllm_packed_format(head)));
+    *old = head;
+    qllm_weights_exchange_embedding(weights, config, old);
+    return QLLM_OK;
 }
 
 bool qllm_weights_is_set(const qllm_weights *weights, const qllm_decoder_config *config,
                          int64_t index)
 {
     if (index == qllm_slot_of_embedding(config))
-        return weights->embedding.rows > 0;
+        return weights->embedding != NULL;
     return weights->slots[index].packed != NULL || weights->slots[index].values != NULL;
 }
 
@@ -176,8 +217,8 @@ int64_t qllm_weights_missing(const qllm_weights *weights, const qllm_decoder_con
     return -1;
 }
 
-qllm_status qllm_weights_get(const qllm_weights *weights, const qllm_decoder_config *config,
-                             const char *name, qllm_qweight *out, qllm_error *error)
+qllm_status qllm_weights_find(const qllm_weights *weights, const qllm_decoder_config *config,
+                              const char *name, const qllm_packed **out, qllm_error *error)
 {
     qllm_slot slot;
     int64_t index = qllm_slot_find(config, name);
@@ -186,11 +227,11 @@ qllm_status qllm_weights_get(const qllm_weights *weights, const qllm_decoder_con
         if (status != QLLM_OK)
             return status;
     }
-    if (!qllm_weights_is_set(weights, config, index))
+    *out = index == qllm_slot_of_embedding(config) ? weights->embedding
+                                                   : weights->slots[index].packed;
+    if (*out == NULL)
         return qllm_fail(error, QLLM_VALUE, "slot '%s': no weight has been set yet", name);
-    if (index == qllm_slot_of_embedding(config))
-        return qllm_qweight_copy(&weights->embedding, name, out, error);
-    return qllm_unpack(weights->slots[index].packed, out, error);
+    return QLLM_OK;
 }
 
 void qllm_weights_nbytes(const qllm_weights *weights, const qllm_decoder_config *config,
@@ -205,15 +246,12 @@ void qllm_weights_nbytes(const qllm_weights *weights, const qllm_decoder_config 
         if (weights->slots[i].values != NULL)
             *linear += slot.rows * (int64_t)sizeof(float);
     }
-    *embedding = weights->embedding.rows > 0 ? qllm_qweight_nbytes(&weights->embedding) : 0;
+    *embedding = 0;
+    if (weights->embedding != NULL && weights->embedding != head_of(weights, config))
+        *embedding = qllm_packed_nbytes(weights->embedding);
 }
 
 void qllm_weights_embed(const qllm_weights *weights, int64_t token, float *out)
 {
-    const qllm_qweight *embedding = &weights->embedding;
-    qllm_dtype dtype = embedding->format == QLLM_FORMAT_F32   ? QLLM_F32
-                       : embedding->format == QLLM_FORMAT_F16 ? QLLM_F16
-                                                              : QLLM_BF16;
-    int64_t row_bytes = embedding->cols * qllm_dtype_size(dtype);
-    qllm_to_float(embedding->data + token * row_bytes, dtype, embedding->cols, out);
+    qllm_packed_row(weights->embedding, token, out);
 }

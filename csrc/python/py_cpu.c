@@ -1,4 +1,4 @@
-/* cpu_info, linear, pack_roundtrip: the CPU kernels in Python's hands. */
+/* cpu_info, linear: the CPU kernels in Python's hands. */
 #include "python/py_cpu.h"
 
 #include <math.h>
@@ -141,8 +141,7 @@ static int parse_outliers(const qllm_state *state, const char *text, double thre
     return -1;
 }
 
-/* None: 0, which stands for QLLM_THREADS or all. */
-static int parse_threads(const qllm_state *state, PyObject *object, int *threads)
+int qllm_parse_threads(const qllm_state *state, PyObject *object, int *threads)
 {
     int64_t n = 0;
     if (object != Py_None && qllm_parse_int64(state, object, "threads", &n) < 0)
@@ -205,8 +204,9 @@ static qllm_status multiply(const qllm_packed *packed, const request *request,
 }
 
 /* The packed form of a QuantizedTensor, made at first use and kept with it. */
-static const qllm_packed *packed_of(const qllm_state *state, PyObject *object)
+static const qllm_packed *packed_of(const qllm_state *state, PyObject *object, qllm_isa isa)
 {
+    qllm_packer packer = {qllm_encode_ops_get(isa), NULL};
     qllm_packed **slot = qllm_quantized_tensor_packed(object), *packed = NULL;
     const qllm_qweight *weight = qllm_quantized_tensor_weight(state, object);
     qllm_error error;
@@ -214,7 +214,7 @@ static const qllm_packed *packed_of(const qllm_state *state, PyObject *object)
     if (*slot != NULL)
         return *slot;
     Py_BEGIN_ALLOW_THREADS
-    status = qllm_pack(weight, "the weight", &packed, &error);
+    status = qllm_pack(&packer, weight, "the weight", &packed, &error);
     Py_END_ALLOW_THREADS
     if (status != QLLM_OK) {
         qllm_raise(state, &error);
@@ -238,7 +238,7 @@ static PyObject *linear(qllm_state *state, PyObject *object, const request *requ
     void *y;
     if (w == NULL || parse_inputs(state, w, &x, &bias) < 0)
         return NULL;
-    const qllm_packed *packed = packed_of(state, object);
+    const qllm_packed *packed = packed_of(state, object, request->isa);
     int two = qllm_array_ndim(x) == 2;
     int64_t m = two ? qllm_array_dim(x, 0) : 1, shape[2] = {m, w->rows};
     if (packed != NULL)
@@ -276,7 +276,7 @@ static PyObject *parse_and_run(qllm_state *state, PyObject *weight, PyObject *ar
         : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$zOds:linear", function_names, &weight,
                                       &x, &bias, &isa, &threads, &threshold, &outliers);
     if (!ok || qllm_choose_isa(state, isa, &request.isa) < 0 ||
-        parse_threads(state, threads, &request.threads) < 0 ||
+        qllm_parse_threads(state, threads, &request.threads) < 0 ||
         parse_outliers(state, outliers, threshold, &request.options) < 0)
         return NULL;
     return linear(state, weight, &request, x, bias);
@@ -305,29 +305,8 @@ static PyObject *py_linear_name(PyObject *module, PyObject *args, PyObject *kwar
         qllm_choose_isa(state, isa_name, &isa) < 0 ||
         qllm_quantized_tensor_weight(state, object) == NULL)
         return NULL;
-    const qllm_packed *packed = packed_of(state, object);
+    const qllm_packed *packed = packed_of(state, object, isa);
     return packed ? PyUnicode_FromString(qllm_cpu_ops_get(isa)->linear_name(packed, m)) : NULL;
-}
-
-static PyObject *py_pack_roundtrip(PyObject *module, PyObject *object)
-{
-    const qllm_state *state = qllm_state_of(module);
-    const qllm_qweight *weight = qllm_quantized_tensor_weight(state, object);
-    qllm_packed *packed = NULL;
-    qllm_qweight copy;
-    qllm_error error;
-    qllm_status status;
-    if (weight == NULL)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = qllm_pack(weight, "the weight", &packed, &error);
-    if (status == QLLM_OK)
-        status = qllm_unpack(packed, &copy, &error);
-    qllm_packed_destroy(packed);
-    Py_END_ALLOW_THREADS
-    if (status != QLLM_OK)
-        return qllm_raise(state, &error);
-    return qllm_quantized_tensor_wrap(state, &copy, NULL);
 }
 
 #define KEYWORDS METH_VARARGS | METH_KEYWORDS
@@ -349,13 +328,12 @@ static PyMethodDef functions[] = {
     {"linear_name", (PyCFunction)(void (*)(void))py_linear_name, KEYWORDS,
      "linear_name($module, weight, m, *, isa=None)\n--\n\n"
      "Which kernel multiplies m rows by this weight."},
-    {"pack_roundtrip", py_pack_roundtrip, METH_O,
-     "pack_roundtrip($module, weight, /)\n--\n\n"
-     "The weight, packed for the CPU kernels and unpacked again: equal bit for bit."},
     {NULL, NULL, 0, NULL},
 };
 
 int qllm_setup_cpu(PyObject *module)
 {
-    return PyModule_AddFunctions(module, functions) < 0 ? -1 : qllm_setup_ops_test(module);
+    return PyModule_AddFunctions(module, functions) < 0 || qllm_setup_encode(module) < 0
+               ? -1
+               : qllm_setup_ops_test(module);
 }

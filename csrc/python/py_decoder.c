@@ -442,6 +442,25 @@ static PyMethodDef decoder_methods[] = {
      "set_embedding($self, weight, /)\n--\n\n"
      "Sets the input embedding: a QuantizedTensor (vocab, hidden) "
      "of a float format."},
+    {"load_linear", (PyCFunction)(void (*)(void))qllm_decoder_load_linear,
+     METH_VARARGS | METH_KEYWORDS,
+     "load_linear($self, slot, array, format, blocksize=64, bias=None, *, name='array', "
+     "dtype=None)\n--\n\n"
+     "Quantizes an unquantized array (as quantize takes it) straight into a linear slot: the bytes "
+     "of\nset_linear(slot, quantize(array, format, blocksize), bias) without a second copy.  "
+     "Returns\nnbytes of that QuantizedTensor."},
+    {"load_embedding", (PyCFunction)(void (*)(void))qllm_decoder_load_embedding,
+     METH_VARARGS | METH_KEYWORDS,
+     "load_embedding($self, array, format, *, name='array', dtype=None)\n--\n\n"
+     "The same for the input embedding and a float format."},
+    {"tie_embedding", qllm_decoder_tie_embedding, METH_NOARGS,
+     "tie_embedding($self, /)\n--\n\n"
+     "Makes the weight that the slot 'head' has now, of a float format, the input embedding too, "
+     "held once.\nThe embedding stays what it is when the head is set anew."},
+    {"linear_error", (PyCFunction)(void (*)(void))qllm_decoder_linear_error,
+     METH_VARARGS | METH_KEYWORDS,
+     "linear_error($self, slot, array, *, name='array', dtype=None)\n--\n\n"
+     "linear(slot).error(array) without a copy of the weight."},
     {"linear", decoder_linear, METH_O,
      "linear($self, slot, /)\n--\n\n"
      "The weight of a linear slot or of the embedding as a QuantizedTensor: "

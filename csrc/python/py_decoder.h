@@ -24,6 +24,12 @@ PyObject *qllm_wrap_sequence(qllm_decoder_object *owner, qllm_sequence *sequence
 /* Adds the type to the module: part of qllm_setup_decoder. */
 int qllm_setup_sequence(PyObject *module);
 
+/* Methods of Decoder in py_decoder_load.c. */
+PyObject *qllm_decoder_load_linear(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *qllm_decoder_load_embedding(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *qllm_decoder_tie_embedding(PyObject *object, PyObject *unused);
+PyObject *qllm_decoder_linear_error(PyObject *object, PyObject *args, PyObject *kwargs);
+
 enum { QLLM_CONFIG_ARRAYS = 2 };
 
 typedef struct qllm_parsed_config {

@@ -6,7 +6,9 @@
 #include "core/alloc.h"
 #include "core/codebook.h"
 #include "core/quant.h"
+#include "cpu/quantize.h"
 #include "python/array.h"
+#include "python/py_cpu.h"
 
 int qllm_parse_int64(const qllm_state *state, PyObject *object, const char *name, int64_t *out)
 {
@@ -24,7 +26,7 @@ int qllm_parse_int64(const qllm_state *state, PyObject *object, const char *name
     return PyErr_Occurred() ? -1 : 0;
 }
 
-static int parse_format(const qllm_state *state, const char *text, qllm_format *format)
+int qllm_parse_format(const qllm_state *state, const char *text, qllm_format *format)
 {
     if (qllm_format_parse(text, format))
         return 0;
@@ -36,29 +38,37 @@ static int parse_format(const qllm_state *state, const char *text, qllm_format *
 static PyObject *core_quantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"array", "format", "blocksize", "allow_nonfinite", "name", "dtype",
-                            NULL};
+                            "isa", NULL};
     const qllm_state *state = qllm_state_of(module);
-    const char *format_text, *name = "array", *dtype = NULL;
+    const char *format_text, *name = "array", *dtype = NULL, *isa_name = NULL;
     PyObject *object, *blocksize_object = NULL;
     int64_t blocksize = QLLM_BLOCKSIZE_DEFAULT;
     int allow_nonfinite = 0;
     qllm_format format;
     qllm_tensor tensor;
     qllm_qweight weight;
+    qllm_isa isa = QLLM_ISA_SCALAR;
     qllm_error error;
     qllm_status status;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|O$psz:quantize", names, &object,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|O$pszz:quantize", names, &object,
                                      &format_text, &blocksize_object, &allow_nonfinite, &name,
-                                     &dtype) ||
-        parse_format(state, format_text, &format) < 0 ||
+                                     &dtype, &isa_name) ||
+        qllm_parse_format(state, format_text, &format) < 0 ||
         (blocksize_object &&
          qllm_parse_int64(state, blocksize_object, "blocksize", &blocksize) < 0))
+        return NULL;
+    bool reference = isa_name != NULL && strcmp(isa_name, "reference") == 0;
+    if (!reference && qllm_choose_isa(state, isa_name, &isa) < 0)
         return NULL;
     PyObject *array = qllm_array_tensor(state, object, dtype, name, &tensor);
     if (array == NULL)
         return NULL;
+    qllm_packer packer = {qllm_encode_ops_get(isa), NULL};
     Py_BEGIN_ALLOW_THREADS
-    status = qllm_quantize(&tensor, format, blocksize, allow_nonfinite, name, &weight, &error);
+    status = reference ? qllm_quantize(&tensor, format, blocksize, allow_nonfinite, name, &weight,
+                                       &error)
+                       : qllm_cpu_quantize(&packer, &tensor, format, blocksize, allow_nonfinite,
+                                           name, &weight, &error);
     Py_END_ALLOW_THREADS
     Py_DECREF(array);
     if (status != QLLM_OK)
@@ -242,7 +252,7 @@ static PyObject *make_from_parts(const qllm_state *state, parts *p)
     int64_t rows, cols, blocksize = 0;
     qllm_qweight weight;
     qllm_error error;
-    if (parse_format(state, p->format, &format) < 0 ||
+    if (qllm_parse_format(state, p->format, &format) < 0 ||
         parse_shape(state, p->shape, &rows, &cols) < 0 || check_dtype_name(state, p) < 0 ||
         check_presence(state, p, "blocksize", p->blocksize, qllm_format_is_4bit(format), 0) < 0 ||
         (p->blocksize != Py_None &&
@@ -322,7 +332,10 @@ static PyObject *core_alloc_fail_at(PyObject *module, PyObject *number)
 static PyMethodDef functions[] = {
     {"quantize", (PyCFunction)(void (*)(void))core_quantize, KEYWORDS,
      "quantize($module, array, format, blocksize=64, *, allow_nonfinite=False, name='array', "
-     "dtype=None)\n--\n\nQuantizes a float32, float16 or bfloat16 array of one or two dimensions."},
+     "dtype=None, isa=None)\n--\n\n"
+     "Quantizes a float32, float16 or bfloat16 array of one or two dimensions, with the functions "
+     "of an\ninstruction set (None: QLLM_CPU, or the best) or those of the plain 'reference'.  The "
+     "bytes do not\ndepend on it."},
     {"quantized_from_parts", (PyCFunction)(void (*)(void))core_quantized_from_parts, KEYWORDS,
      "quantized_from_parts($module, format, shape, packed, *, blocksize=None, absmax=None, "
      "absmax_codes=None, nested_absmax=None, nested_quant_map=None, offset=None, quant_map=None, "

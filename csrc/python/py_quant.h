@@ -22,6 +22,9 @@ qllm_packed **qllm_quantized_tensor_packed(PyObject *object);
 PyObject *qllm_quantized_tensor_wrap(const qllm_state *state, qllm_qweight *weight,
                                      const char *dtype_name);
 
+/* A format by its name; 0, or -1 with an exception. */
+int qllm_parse_format(const qllm_state *state, const char *text, qllm_format *format);
+
 /* Adds the type to the module: part of qllm_setup_quant. */
 int qllm_setup_quantized_tensor(PyObject *module);
 

@@ -1,0 +1,49 @@
+/* Inside the CPU device: what the files that fill and read tiles share. */
+#ifndef QLLM_CPU_PACKING_H
+#define QLLM_CPU_PACKING_H
+
+#include "cpu/packed_layout.h"
+
+/* Memory for a weight of the format and shape of *like (a described or a full weight), with its
+ * tables and offset.  Nothing else is set. */
+qllm_status qllm_packed_create(const qllm_qweight *like, const char *name, qllm_packed **out,
+                               qllm_error *error);
+
+/* Up to 16 rows as standard bytes: row r at bytes + r * stride, its scales (4-bit) at absmax or,
+ * for nested forms, codes + r * row_blocks. */
+typedef struct qllm_tile_rows {
+    int n; /* rows */
+    uint8_t *bytes;
+    int64_t stride;
+    float *absmax;
+    uint8_t *codes;
+} qllm_tile_rows;
+
+/* The rows of a tile that there are: 16, in the last tile those left over. */
+int qllm_tile_row_count(const qllm_packed *packed, int64_t tile);
+
+/* Standard bytes of one row; 4-bit rows are whole bytes in BLOCKS. */
+int64_t qllm_packed_row_bytes(const qllm_packed *packed);
+
+/* Every byte of a tile from standard rows, the row sums of int8 included.  codes NULL: a nested
+ * form whose lines of absmax codes follow with qllm_tile_put_codes. */
+void qllm_tile_put(qllm_packed *packed, const qllm_encode_ops *ops, int64_t tile,
+                   const qllm_tile_rows *rows);
+void qllm_tile_put_codes(qllm_packed *packed, int64_t tile, int n, const uint8_t *codes);
+
+/* And back.  Not for BYTES. */
+void qllm_tile_take(const qllm_packed *packed, const qllm_encode_ops *ops, int64_t tile,
+                    const qllm_tile_rows *rows);
+
+/* Runs `work` over the tiles, on the packer's threads when there is enough to do. */
+void qllm_packer_run(const qllm_packer *packer, const qllm_packed *packed,
+                     void (*work)(void *context, int64_t begin, int64_t end, int thread),
+                     void *context);
+int qllm_packer_threads(const qllm_packer *packer);
+
+/* The second level of double quantization: exactly qllm_quantize_nested.  absmax and codes
+ * (blocks), nested_absmax (ceil(blocks / 256)). */
+qllm_status qllm_nested_by(const qllm_packer *packer, const float *absmax, int64_t blocks,
+                           float *offset, float *nested_absmax, uint8_t *codes, qllm_error *error);
+
+#endif
