@@ -204,6 +204,24 @@ def quantize_pass(
 ) -> None:
     """Reads and quantizes and keeps nothing: what that costs by itself."""
 
+# the limits of this machine: csrc/python/py_limits.c over csrc/cpu/limits.h
+
+def limit_buffer(nbytes: int, /) -> NDArray[np.uint8]:
+    """Memory for read_limit: uint8 (n,), n a multiple of 4096, read-only, on huge pages."""
+
+def read_limit(
+    buffer: Any, begin: int, nbytes: int, *, isa: str | None = None, threads: int | None = None
+) -> int:
+    """Reads nbytes from begin on (multiples of 4096): the exclusive or of their 64-bit words."""
+
+def multiply_units(*, isa: str | None = None) -> dict[str, str]:
+    """f32, int16, int8, bf16 as far as they are there -> the instruction."""
+
+def multiply_limit(
+    unit: str, turns: int, *, isa: str | None = None, threads: int | None = None
+) -> int:
+    """Multiply-adds done in registers in `turns` turns on every thread."""
+
 # the decoder: csrc/python/py_decoder.c over csrc/core/backend.h
 
 @final

@@ -333,7 +333,8 @@ static PyMethodDef functions[] = {
 
 int qllm_setup_cpu(PyObject *module)
 {
-    return PyModule_AddFunctions(module, functions) < 0 || qllm_setup_encode(module) < 0
-               ? -1
-               : qllm_setup_ops_test(module);
+    if (PyModule_AddFunctions(module, functions) < 0 || qllm_setup_encode(module) < 0 ||
+        qllm_setup_limits(module) < 0)
+        return -1;
+    return qllm_setup_ops_test(module);
 }

@@ -30,4 +30,7 @@ PyObject *qllm_quantized_tensor_matmul(PyObject *self, PyObject *args, PyObject 
 int qllm_setup_encode(PyObject *module);
 int qllm_setup_ops_test(PyObject *module);
 
+/* The same for py_limits.c. */
+int qllm_setup_limits(PyObject *module);
+
 #endif

@@ -1,0 +1,9 @@
+/* Inside the CPU device: the limits of each instruction set. */
+#ifndef QLLM_CPU_LIMITS_TABLES_H
+#define QLLM_CPU_LIMITS_TABLES_H
+
+#include "cpu/limits.h"
+
+extern const qllm_limits qllm_limits_scalar, qllm_limits_avx2, qllm_limits_avx512;
+
+#endif
