@@ -4,7 +4,7 @@
 #include "cpu/inline.h"
 #include "cpu/limits_tables.h"
 
-enum { READ_SUMS = 8, SUMS = 12 }; /* chains enough to hide the latency of every unit */
+enum { READ_SUMS = 8, SUMS = 10 }; /* chains enough to hide the latency of every unit */
 
 static uint64_t read_all(const uint8_t *data, int64_t bytes)
 {
@@ -35,23 +35,25 @@ static __m256i ones(qllm_unit unit)
     }
 }
 
-/* The instructions by name and volatile: equal products of equal ones are computed all the same. */
+/* The instructions by name, since compilers copy sums around their intrinsics; volatile, so that
+ * equal products of equal ones are computed all the same. */
 QLLM_INLINE __m256i add_product(qllm_unit unit, __m256i sum, __m256i a, __m256i b)
 {
-    __m256i product;
+    __m256i product, pairs = _mm256_set1_epi16(1);
     switch (unit) {
     case QLLM_UNIT_F32:
         __asm__ volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-        return sum;
+        break;
     case QLLM_UNIT_INT16:
-        __asm__ volatile("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(a), "x"(b));
+        __asm__ volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+                         : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
         break;
     default: /* 16-bit sums of two products, then 32-bit sums of four */
-        __asm__ volatile("vpmaddubsw %2, %1, %0\n\tvpmaddwd %3, %0, %0"
-                         : "=&x"(product) : "x"(a), "x"(b), "x"(_mm256_set1_epi16(1)));
+        __asm__ volatile("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+                         : "+x"(sum), "=&x"(product) : "x"(a), "x"(b), "x"(pairs));
         break;
     }
-    return _mm256_add_epi32(sum, product);
+    return sum;
 }
 
 static int64_t sum_of_lanes(qllm_unit unit, __m256i sum)

@@ -31,7 +31,7 @@ static int64_t multiply(qllm_unit unit, int64_t turns)
         for (int i = 0; i < SUMS; i++)
             sum[i] += a * b;
 #if defined(__GNUC__)
-        __asm__ volatile("" : "+x"(a)); /* the product is not the same in every turn */
+        __asm__ volatile("" : "+m"(a)); /* the product is not the same in every turn */
 #endif
     }
     double all = 0;
