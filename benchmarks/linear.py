@@ -1,33 +1,36 @@
-"""One linear layer y = x W^T in every format, beside PyTorch and bitsandbytes, in one process.
+"""One linear layer y = x W^T in every format and compute mode, beside other libraries and the limits
+of the machine, in one process.
 
-    python benchmarks/linear.py --rows 1 --threads 2 --json linear.json
+    python benchmarks/linear.py --rows 1 --threads 2 --only 'qllm nf4*' 'ggml*' --json linear.json
 
 In each round every candidate runs once, in turn, so that all see the same neighbours on the
-machine; what counts is the median over rounds of the ratio to the baseline, torch with bf16.
-Each candidate owns as many copies of W as make up --memory and takes the next one in every round:
-its weights come from memory, as in a large model, not from a cache. Needs
-pip install "qllm[test]".
+machine; what counts is the median over rounds of ratios within a round. A candidate owns as many
+copies of W as make up --memory and goes through all of them in a call: its weights come from
+memory, as in a large model, not from a cache. Two candidates are the machine's limits: `read`, a
+plain loop over as many bytes, and `peak UNIT`, multiply-adds in registers. Needs
+pip install "qllm[test,bench]"; a library that is not there is left out, and said so.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
+from common import Candidate
+from layer_peers import PEERS
 
 import qllm
 from qllm import _core
 
-BASELINE = "torch bf16"
-OURS = ("bf16", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
+BASELINE = "read"
+FORMATS = ("bf16", "f16", "f32", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
+MODES = ("exact", "auto", "int8")
+FEW_ROWS = 64  # from here on a product is no longer limited by memory
 
 
 def copies(nbytes: int, memory: int) -> int:
@@ -35,126 +38,182 @@ def copies(nbytes: int, memory: int) -> int:
     return max(1, -(-memory // nbytes))
 
 
-def ours(weight: np.ndarray, x: np.ndarray, format: str, memory: int, threads: int) -> Any:
-    """A call that multiplies with the next of several packed copies, and how many there are."""
+def copy_of(weight: Any) -> Any:
+    """The same quantized matrix in memory of its own."""
+    return _core.quantized_from_parts(
+        weight.format, weight.shape, weight.packed, blocksize=weight.blocksize,
+        absmax=weight.absmax, absmax_codes=weight.absmax_codes, nested_absmax=weight.nested_absmax,
+        nested_quant_map=weight.nested_quant_map, offset=weight.offset,
+        quant_map=weight.quant_map, scb=weight.scb, dtype_name=weight.dtype_name)
+
+
+def takes(weight: Any, mode: str) -> bool:
+    """Whether this build multiplies by the weight in that mode."""
+    try:
+        weight.matmul(np.zeros((1, weight.shape[1]), np.float32), compute=mode)
+    except (TypeError, qllm.QllmError):
+        return False
+    return True
+
+
+def peak_unit(format: str, mode: str) -> str:
+    """The unit whose peak limits a format in a mode on this machine (docs: kernels)."""
+    units = _core.multiply_units()
+    if format == "int8" or mode == "int8":
+        wanted = "int8"
+    elif mode == "auto" and format not in ("f16", "f32"):
+        wanted = "bf16" if format == "bf16" else "int16"
+    else:
+        wanted = "f32"
+    return wanted if wanted in units else "f32"
+
+
+def ours(weight: np.ndarray, x: np.ndarray, format: str, modes: tuple[str, ...], memory: int,
+         threads: int) -> list[Candidate]:
+    """A candidate for every mode, all on the same packed copies."""
     first = qllm.quantize(weight, format)
     count = copies(first.nbytes, memory)
-    weights = [first, *(qllm.quantize(weight, format) for _ in range(count - 1))]
-    turn = cycle(weights)
-    for item in weights:
-        item.matmul(x, threads=threads)  # packs
-    return lambda: next(turn).matmul(x, threads=threads), count
+    weights = [first, *(copy_of(first) for _ in range(count - 1))]
+    usable = [mode for mode in modes if takes(first, mode)]
+    options: dict[str, dict[str, Any]] = {mode: {"compute": mode} for mode in usable}
+    if not options and "exact" in modes:
+        options = {"exact": {}}
+
+    def caller(chosen: dict[str, Any]) -> Callable[[], None]:
+        def call() -> None:
+            for item in weights:
+                item.matmul(x, threads=threads, **chosen)
+        call()  # packs
+        return call
+
+    operations = 2 * weight.size * len(x)
+    return [Candidate(f"qllm {format} {mode}", caller(chosen), count, first.nbytes, operations,
+                      peak_unit(format, mode)) for mode, chosen in options.items()]
 
 
-def cycle(items: list[Any]) -> Iterator[Any]:
-    """The items, again and again."""
-    while True:
-        yield from items
+def limits(memory: int, operations: int, threads: int, units: list[str]) -> list[Candidate]:
+    """The read loop over `memory` bytes (its unit of work is a byte) and the multiply peaks, with
+    about as many operations as a matrix product has (its unit is an operation)."""
+    buffer = _core.limit_buffer(memory)
+    found = [Candidate(BASELINE,
+                       lambda: _core.read_limit(buffer, 0, buffer.size, threads=threads),
+                       buffer.size, 1)]
+    for unit in units:
+        each = 2 * _core.multiply_limit(unit, 1, threads=threads)
+        turns = max(1, min(operations, 10**10) // each)
 
+        def call(unit: str = unit, turns: int = turns) -> None:
+            _core.multiply_limit(unit, turns, threads=threads)
 
-def peers(weight: np.ndarray, x: np.ndarray, memory: int) -> dict[str, Any]:
-    """The same for torch and bitsandbytes: name -> (call, copies)."""
-    import bitsandbytes as bnb
-    import torch
-
-    n, k = weight.shape
-    w = torch.from_numpy(weight)
-    found: dict[str, Any] = {}
-
-    def add(
-        name: str, make: Callable[[], torch.nn.Module], dtype: torch.dtype, nbytes: int
-    ) -> None:
-        count = copies(nbytes, memory)
-        turn = cycle([make() for _ in range(count)])
-        given = torch.from_numpy(x).to(dtype)
-
-        @torch.inference_mode()
-        def call() -> Any:
-            return next(turn)(given)
-
-        call()
-        found[name] = (call, count)
-
-    def plain(dtype: torch.dtype) -> torch.nn.Module:
-        layer = torch.nn.Linear(k, n, bias=False, dtype=dtype)
-        layer.weight.data = w.to(dtype).clone()
-        return layer.eval()
-
-    def nf4() -> torch.nn.Module:
-        layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16,
-                                  compress_statistics=False, quant_type="nf4")
-        layer.weight = bnb.nn.Params4bit(w.to(torch.bfloat16).clone(), requires_grad=False,
-                                         compress_statistics=False, quant_type="nf4")
-        return layer.to("cpu").eval()
-
-    def int8() -> torch.nn.Module:
-        layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
-        layer.load_state_dict({"weight": w.half()})
-        return layer.to("cpu").eval()
-
-    add("torch bf16", lambda: plain(torch.bfloat16), torch.bfloat16, 2 * n * k)
-    add("torch f32", lambda: plain(torch.float32), torch.float32, 4 * n * k)
-    add("bitsandbytes nf4", nf4, torch.bfloat16, n * k * 9 // 16)
-    add("bitsandbytes int8", int8, torch.float16, n * k)
+        found.append(Candidate(f"peak {unit}", call, turns * each, 0, 1))
     return found
 
 
-def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round; the order turns by one from round to round."""
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, rounds):  # two rounds to warm up
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            calls[name]()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def peers(weight: np.ndarray, x: np.ndarray, names: list[str], memory: int,
+          threads: int) -> tuple[list[Candidate], dict[str, str]]:
+    """The other libraries, and why those that are missing are."""
+    found, missing = [], {}
+    for name in names:
+        packages, bits, make = PEERS[name]
+        absent = [package for package in packages if not common.installed(package)]
+        if absent:
+            missing[name] = f"{', '.join(absent)} is not installed"
+            continue
+        count = copies(int(weight.size * bits / 8), memory)
+        peer = make(weight, x, count, threads)
+        found.append(Candidate(name, peer.call, count, peer.nbytes, 2 * weight.size * len(x)))
+    return found, missing
+
+
+def summary(candidates: list[Candidate], times: dict[str, list[float]]) -> dict[str, Any]:
+    """For each candidate: ms per matrix, GB/s, GFLOP/s, and the paired shares of the limits."""
+    result = {}
+    for c in candidates:
+        seconds = times[c.name]
+        entry: dict[str, Any] = {"work": c.work, "nbytes": c.nbytes, "operations": c.operations,
+                                 "seconds": common.spread(seconds)}
+        if c.nbytes > 1 and BASELINE in times:
+            limit = [c.nbytes * t for t in times[BASELINE]]
+            entry["share_of_read"] = common.spread(common.ratios(limit, seconds))
+        if c.peak and f"peak {c.peak}" in times:
+            limit = [c.operations * t for t in times[f"peak {c.peak}"]]
+            entry["peak"] = c.peak
+            entry["share_of_peak"] = common.spread(common.ratios(limit, seconds))
+        result[c.name] = entry
+    return result
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Makes the candidates, times them, and returns everything."""
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    rng = np.random.default_rng(1)
+    shape = (options.out_features, options.in_features)
+    weight = rng.normal(0, 0.02, shape).astype(np.float32)
+    x = rng.normal(0, 1, (options.rows, options.in_features)).astype(np.float32)
+    memory = options.memory if options.memory is not None else (
+        1.1 if options.rows < FEW_ROWS else 0.1)
+    nbytes = int(memory * 1e9)
+    names = [name for name in PEERS if common.chosen(name, options.only)]
+    candidates, missing = peers(weight, x, names, nbytes, options.threads)
+    for format in FORMATS:
+        modes = tuple(mode for mode in MODES
+                      if common.chosen(f"qllm {format} {mode}", options.only))
+        if modes:
+            candidates += ours(weight, x, format, modes, nbytes, options.threads)
+    units = sorted({c.peak for c in candidates if c.peak}) if options.rows > 1 else []
+    candidates = limits(max(nbytes, 1 << 20), 2 * weight.size * options.rows, options.threads,
+                        units) + candidates
+    times = common.measure(candidates, options.rounds, seconds=options.seconds)
+    return {"benchmark": "linear", "machine": common.machine(),
+            "options": {**vars(options), "json": None, "memory": memory},
+            "missing": missing, "candidates": summary(candidates, times), "seconds": times}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the table."""
+    options, machine = result["options"], result["machine"]
+    rounds = len(result["seconds"][BASELINE])
+    print(f"{machine['processor']}, {machine['instruction_set']}, {options['threads']} threads, "
+          f"x ({options['rows']}, {options['in_features']}), W ({options['out_features']}, "
+          f"{options['in_features']}), medians of {rounds} rounds")
+    print(f"{'':28} {'ms':>8} {'GB/s':>6} {'GFLOP/s':>8} {'of read':>8} {'of peak':>8}")
+    for name, entry in result["candidates"].items():
+        seconds = entry["seconds"]["median"]
+        ms = f"{1e3 * seconds:8.3f}" if entry["work"] < 1e6 else " " * 8
+        speed = f"{entry['nbytes'] / seconds / 1e9:6.1f}" if entry["nbytes"] else " " * 6
+        flops = f"{entry['operations'] / seconds / 1e9:8.1f}" if entry["operations"] else " " * 8
+        shares = [f"{100 * entry[key]['median']:6.1f} %" if key in entry else " " * 8
+                  for key in ("share_of_read", "share_of_peak")]
+        print(f"{name:28} {ms} {speed} {flops} {shares[0]} {shares[1]}  {entry.get('peak', '')}")
+    for name, why in result["missing"].items():
+        print(f"{name:28} left out: {why}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
+    made = argparse.ArgumentParser(
+        description="Time one linear layer in every format beside other libraries.",
+        epilog="example: python benchmarks/linear.py --rows 1 --threads 2 --only 'qllm nf4*'")
+    made.add_argument("--rows", type=int, default=1, help="rows of x (default 1: decode)")
+    made.add_argument("--out-features", type=int, default=4096)
+    made.add_argument("--in-features", type=int, default=11008)
+    made.add_argument("--threads", type=int, default=_core.cpu_info()["threads_available"])
+    made.add_argument("--rounds", type=int, default=20)
+    made.add_argument("--seconds", type=float, help="start no round later than that")
+    made.add_argument("--memory", type=float,
+                      help="GB of weights per candidate (default 1.1; 0.1 from 64 rows on)")
+    made.add_argument("--only", nargs="+", metavar="GLOB",
+                      help="candidates by name: 'qllm nf4 auto', 'ggml*' (default: all, which"
+                      " needs some 40 GB)")
+    made.add_argument("--json", type=Path, help="also write every time to this file")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Time one linear layer in every format beside torch and bitsandbytes.",
-        epilog="example: python benchmarks/linear.py --rows 1 --threads 2",
-    )
-    parser.add_argument("--rows", type=int, default=1, help="rows of x (default 1: decode)")
-    parser.add_argument("--out-features", type=int, default=4096)
-    parser.add_argument("--in-features", type=int, default=11008)
-    parser.add_argument("--threads", type=int, default=_core.cpu_info()["threads_available"])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--memory", type=float, default=0.5, help="GB of weights per candidate")
-    parser.add_argument("--json", type=Path, help="also write every time to this file")
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    import torch
-
-    torch.set_num_threads(options.threads)
-    rng = np.random.default_rng(1)
-    weight = rng.normal(0, 0.02, (options.out_features, options.in_features)).astype(np.float32)
-    x = rng.normal(0, 1, (options.rows, options.in_features)).astype(np.float32)
-    memory = int(options.memory * 1e9)
-    candidates = peers(weight, x, memory)
-    for format in OURS:
-        candidates[f"qllm {format}"] = ours(weight, x, format, memory, options.threads)
-    seconds = measure({name: call for name, (call, _) in candidates.items()}, options.rounds)
-    info = _core.cpu_info()
-    print(f"{info['model']}, {info['default']}, {options.threads} threads, "
-          f"x ({options.rows}, {options.in_features}), W ({options.out_features}, "
-          f"{options.in_features}), medians of {options.rounds} rounds")
-    print(f"{'':20} {'ms':>8}  speed relative to {BASELINE}")
-    base = seconds[BASELINE]
-    for name, times in seconds.items():
-        ratios = [b / t for b, t in zip(base, times)]
-        print(f"{name:20} {1e3 * statistics.median(times):8.3f}  {statistics.median(ratios):.2f}")
-    if options.json:
-        result = {"machine": {key: info[key] for key in ("model", "default", "features")},
-                  "options": {**vars(options), "json": None},
-                  "copies": {name: count for name, (_, count) in candidates.items()},
-                  "seconds": seconds,
-                  "versions": {"python": sys.version, "qllm": qllm.__version__,
-                               "torch": torch.__version__, "numpy": np.__version__}}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options = parser().parse_args()
+    result = run(options)
+    show(result)
+    common.write_json(options.json, result)
 
 
 if __name__ == "__main__":
