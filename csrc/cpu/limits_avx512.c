@@ -37,8 +37,9 @@ static __m512i ones(qllm_unit unit)
     }
 }
 
-/* The instructions by name, since compilers copy sums around their intrinsics and bfloat16 would need
- * a flag of its own; volatile, so that equal products of equal ones are computed all the same. */
+/* The instructions by name, since compilers copy sums around their intrinsics and bfloat16 would
+ * need a flag of its own; volatile, so that equal products of equal ones are computed all the
+ * same. */
 QLLM_INLINE __m512i add_product(qllm_unit unit, __m512i sum, __m512i a, __m512i b)
 {
     switch (unit) {

@@ -177,8 +177,8 @@ static PyObject *py_multiply_limit(PyObject *module, PyObject *args, PyObject *k
 static PyMethodDef functions[] = {
     {"limit_buffer", py_limit_buffer, METH_O,
      "limit_buffer($module, nbytes, /)\n--\n\n"
-     "At least nbytes of memory, a multiple of 4096, on huge pages where there are any: uint8 (n,),"
-     "\nread-only, none of its words zero.  For read_limit."},
+     "At least nbytes of memory, a multiple of 4096, on huge pages where there are any: uint8\n"
+     "(n,), read-only, none of its words zero.  For read_limit."},
     {"read_limit", (PyCFunction)(void (*)(void))py_read_limit, KEYWORDS,
      "read_limit($module, buffer, begin, nbytes, *, isa=None, threads=None)\n--\n\n"
      "Reads nbytes of a uint8 array from `begin` on, multiples of 4096, one contiguous part per\n"
