@@ -189,8 +189,8 @@ static PyMethodDef functions[] = {
      "bf16, and the instruction of each."},
     {"multiply_limit", (PyCFunction)(void (*)(void))py_multiply_limit, KEYWORDS,
      "multiply_limit($module, unit, turns, *, isa=None, threads=None)\n--\n\n"
-     "Multiplies and adds in registers alone, `turns` times in each on every thread: the number of\n"
-     "multiply-adds that were done, counted by the sums themselves."},
+     "Multiplies and adds in registers alone, `turns` times in each on every thread: the number\n"
+     "of multiply-adds that were done, counted by the sums themselves."},
     {NULL, NULL, 0, NULL},
 };
 
