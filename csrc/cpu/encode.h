@@ -89,5 +89,6 @@ typedef struct qllm_encode_ops {
 const qllm_encode_ops *qllm_encode_ops_get(qllm_isa isa);
 
 extern const qllm_encode_ops qllm_encode_ops_scalar, qllm_encode_ops_avx2, qllm_encode_ops_avx512;
+extern const qllm_encode_ops qllm_encode_ops_neon, qllm_encode_ops_neondot;
 
 #endif
