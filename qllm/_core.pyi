@@ -119,6 +119,7 @@ def sample(
     step: Any = 0,
     history: Any = None,
     isa: str | None = None,
+    threads: int | None = None,
 ) -> tuple[Any, Any, Any]:
     """tokens int64, logprobs float32, sampling_logprobs float32: arrays (n,), or numbers for one
     row. isa: an instruction set, or "core" for the plain reference; the bits are the same."""
@@ -133,14 +134,23 @@ def distribution(
     repetition_penalty: Any = 1.0,
     history: Any = None,
     isa: str | None = None,
+    threads: int | None = None,
 ) -> NDArray[np.float32]:
     """The probabilities that sample draws from, in the shape of logits."""
 
-def logprobs(logits: Any, tokens: Any, *, isa: str | None = None) -> Any:
+def logprobs(
+    logits: Any, tokens: Any, *, isa: str | None = None, threads: int | None = None
+) -> Any:
     """log softmax(logits)[token] of each row: float64 (n,), or a float for one row."""
 
 def logit_stats(
-    ref: Any, test: Any, temperatures: Any, targets: Any = None, *, isa: str | None = None
+    ref: Any,
+    test: Any,
+    temperatures: Any,
+    targets: Any = None,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """The arrays of qllm.LogitStats by name, and same_top as uint8."""
 

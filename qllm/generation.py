@@ -140,6 +140,7 @@ def run(decoder: Any, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
     the sequences hold is freed with them.
     """
     prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()
+    threads = decoder.info()["threads"]
     for row in rows:
         prompts.setdefault(row.prompt_ids, _Prompt(row.prompt_ids)).waiting.append(row)
     queue = deque(prompts.values())
@@ -149,12 +150,12 @@ def run(decoder: Any, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
         new = [prompt for prompt, _ in entering if prompt.sequence is None]
         logits = _step(decoder, active, new)
         drawn = list(active)
-        _draw(active, logits[: len(active)])
+        _draw(active, logits[: len(active)], threads)
         for prompt, row_logits in zip(new, logits[len(active) :]):
             prompt.logits = row_logits[None].copy()  # not a view that keeps the whole step alive
         for prompt, started in entering:
             assert prompt.logits is not None
-            _draw(started, np.repeat(prompt.logits, len(started), axis=0))
+            _draw(started, np.repeat(prompt.logits, len(started), axis=0), threads)
             _start(prompt, started)
             drawn += started
         del logits
@@ -203,7 +204,7 @@ def _start(prompt: _Prompt, started: list[Row]) -> None:
         prompt.sequence = prompt.logits = None
 
 
-def _draw(rows: list[Row], logits: np.ndarray) -> None:
+def _draw(rows: list[Row], logits: np.ndarray, threads: int) -> None:
     """Draws the next token of each row from its logits (rows, vocab)."""
     if not rows:
         return
@@ -223,6 +224,7 @@ def _draw(rows: list[Row], logits: np.ndarray) -> None:
         prompt=[row.prompt_key for row in rows],
         step=[len(row.ids) for row in rows],
         history=histories if penalized else None,
+        threads=threads,
     )
     for row, *drawn in zip(rows, tokens.tolist(), logprobs.tolist(), sampling.tolist()):
         row.add(*drawn)

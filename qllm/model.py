@@ -417,13 +417,13 @@ class Model:
         vocab = self.architecture.decoder["vocab"]
         piece = max(1, _LOGITS_PER_PIECE // vocab)
         sequence, inputs, targets = self.decoder.sequence(), ids[:-1], ids[1:]
+        threads = self.decoder.info()["threads"]
         parts = []
         for start in range(0, len(inputs), piece):
             tokens = np.array(inputs[start : start + piece], np.int64)
             logits = self.decoder.step([sequence] * len(tokens), tokens)
-            parts.append(
-                _core.logprobs(logits, np.array(targets[start : start + piece], np.int64))
-            )
+            wanted = np.array(targets[start : start + piece], np.int64)
+            parts.append(_core.logprobs(logits, wanted, threads=threads))
         logprobs = np.concatenate(parts)
         nll = -math.fsum(logprobs)
         size = self._predicted_bytes(text_or_ids, ids)

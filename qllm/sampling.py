@@ -40,6 +40,7 @@ def sample(
     prompt: Any = 0,
     step: Any = 0,
     history: Any = None,
+    threads: int | None = None,
 ) -> Sampled:
     """Draws the next token of each row of `logits`, (vocab,) or (n, vocab) float32.
 
@@ -57,7 +58,8 @@ def sample(
     `seed` and `prompt` (0 to 2^64 - 1) and `step` (0 to 2^32 - 1) name the noise: the Philox4x32-10
     word of (seed, prompt, step, token id) gives u, and g = -log(-log(u)). Booleans are not taken as
     integers. `history` holds token ids: one sequence for one row or shared by all rows, or a
-    sequence of n of them, any of which may be None.
+    sequence of n of them, any of which may be None. Long batches are spread over `threads` (None:
+    QLLM_THREADS, or all processors); results do not depend on how many.
 
     A logit of -inf is a token that cannot be drawn. Raises `QllmValueError` for NaN, +inf, rows
     that are all -inf, and every argument outside its range.
@@ -74,6 +76,7 @@ def sample(
             prompt=prompt,
             step=step,
             history=history,
+            threads=threads,
         )
     )
 
@@ -116,6 +119,7 @@ def logit_stats(
     test: Any,
     temperatures: float | Sequence[float] | np.ndarray,
     targets: Any = None,
+    threads: int | None = None,
 ) -> LogitStats:
     """Compares the distributions of two arrays of logits, (vocab,) or (n, vocab) float32, at every
     temperature, exactly and without sampling.
@@ -123,12 +127,13 @@ def logit_stats(
     `temperatures`: finite numbers >= 0, where 0 is the one-hot argmax. `targets`: the right tokens,
     (n,) integers (a number for one row; -1 for none), for `delta_p`. Sums are in float64; equal
     rows give exactly 0 in every difference. The agreement follows from Gumbel coupling
-    (arXiv 2408.07978); docs/sampling.md derives the form used.
+    (arXiv 2408.07978); docs/sampling.md derives the form used. Many rows are spread over `threads`
+    (None: QLLM_THREADS, or all processors); results do not depend on how many.
 
     Raises `QllmValueError` for NaN, +inf, rows that are all -inf, shapes that differ, and
     temperatures or targets outside their range.
     """
-    arrays = _core.logit_stats(ref, test, temperatures, targets)
+    arrays = _core.logit_stats(ref, test, temperatures, targets, threads=threads)
     same_top = arrays.pop("same_top").astype(bool)
     return LogitStats(
         temperatures=np.atleast_1d(np.array(temperatures, np.float64)),

@@ -190,3 +190,19 @@ def test_model_times_every_candidate_in_every_round(folder: Path, tmp_path: Path
             assert len(speeds) == 3 and speeds == pytest.approx([1 / t for t in seconds])
     assert found["kernels"]["qllm int8 head int8"].keys() == {"int8"}
     assert found["kernels"]["qllm int8"].keys() == {"int8", "bf16"}
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+def test_sampling_times_every_candidate_in_every_round(tmp_path: Path) -> None:
+    need("torch", "transformers")
+    out = tmp_path / "sampling.json"
+    printed = script("sampling.py", "--vocab", "900", "--stats-vocab", "300", "--temperatures", "3",
+                     "--rounds", "2", "--json", str(out))
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert len(found["seconds"]) == 7 and found["vocab"] == 900
+    for job, seconds in found["seconds"].items():
+        peers = {"torch"} if job.startswith("logit_stats") else {"torch", "transformers"}
+        assert set(seconds) == {"qllm", *peers} and job in printed
+        assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())

@@ -192,6 +192,44 @@ def test_close_differences_are_sorted_exactly(spacing: float) -> None:
         assert expected > 0
 
 
+# ------------------------------------------------------------------------------------------ threads
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    rows = rows_of("normal", 40, 9001)
+    other = rows[::-1].copy()
+    setting = {"top_p": 0.9, "temperature": 0.8, "seed": 5, "step": range(40)}
+    calls = [
+        lambda threads: _core.sample(rows, threads=threads, **setting),
+        lambda threads: [_core.distribution(rows, top_k=30, threads=threads)],
+        lambda threads: [_core.logprobs(rows, np.arange(40), threads=threads)],
+        lambda threads: _core.logit_stats(rows, other, [0.5, 1.0], threads=threads).values(),
+    ]
+    for call in calls:
+        alone = list(call(1))
+        for threads in (2, 3, None):
+            for a, b in zip(call(threads), alone):
+                assert_same(a, b, f"{threads} threads")
+
+
+def test_of_several_bad_rows_the_first_is_named_on_any_number_of_threads() -> None:
+    rows = rows_of("normal", 60, 9001)
+    rows[[23, 41, 59], 7] = np.nan
+    for threads in (1, 2, 3):
+        with pytest.raises(QllmValueError, match="row 23: logits: token 7 of 9001 is NaN"):
+            _core.sample(rows, threads=threads)
+        with pytest.raises(QllmValueError, match="row 23: ref: token 7 of 9001 is NaN"):
+            _core.logit_stats(rows, rows, 1.0, threads=threads)
+
+
+def test_no_thread_is_refused() -> None:
+    for threads in (0, -1, 1.5, "2"):
+        with pytest.raises((QllmValueError, TypeError), match="threads: "):
+            qllm.sample(np.zeros(4, F32), threads=threads)
+        with pytest.raises((QllmValueError, TypeError), match="threads: "):
+            qllm.logit_stats(np.zeros(4, F32), np.zeros(4, F32), 1.0, threads=threads)
+
+
 def test_an_unknown_set_is_refused() -> None:
     row = np.zeros(4, F32)
     for call in (_core.sample, _core.distribution, lambda x, isa: _core.logprobs(x, 0, isa=isa),

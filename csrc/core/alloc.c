@@ -43,8 +43,8 @@ static void *aligned(int64_t alignment, int64_t bytes)
     return memory;
 }
 
-static qllm_status allocate(void **out, int64_t count, int64_t size, bool large, const char *what,
-                            qllm_error *error)
+static qllm_status allocate(void **out, int64_t count, int64_t size, bool large, bool zeroed,
+                            const char *what, qllm_error *error)
 {
     int64_t bytes;
     *out = NULL;
@@ -58,7 +58,7 @@ static qllm_status allocate(void **out, int64_t count, int64_t size, bool large,
     if (memory == NULL)
         return qllm_fail(error, QLLM_MEMORY, "%s: could not allocate %" PRId64 " bytes; "
                          "use a smaller model, batch or format", what, bytes);
-    if (!large)
+    if (zeroed)
         memset(memory, 0, (size_t)bytes);
     *out = memory;
     return QLLM_OK;
@@ -67,13 +67,19 @@ static qllm_status allocate(void **out, int64_t count, int64_t size, bool large,
 qllm_status qllm_alloc(void **out, int64_t count, int64_t size, const char *what,
                        qllm_error *error)
 {
-    return allocate(out, count, size, false, what, error);
+    return allocate(out, count, size, false, true, what, error);
 }
 
 qllm_status qllm_alloc_large(void **out, int64_t count, int64_t size, const char *what,
                              qllm_error *error)
 {
-    return allocate(out, count, size, true, what, error);
+    return allocate(out, count, size, true, false, what, error);
+}
+
+qllm_status qllm_alloc_scratch(void **out, int64_t count, int64_t size, const char *what,
+                               qllm_error *error)
+{
+    return allocate(out, count, size, false, false, what, error);
 }
 
 void qllm_free(void *memory)

@@ -21,7 +21,12 @@ enum { QLLM_LARGE_BYTES = 4 << 20 };
 qllm_status qllm_alloc_large(void **out, int64_t count, int64_t size, const char *what,
                              qllm_error *error);
 
-/* Frees what qllm_alloc or qllm_alloc_large gave; NULL is allowed. */
+/* The same with contents that are not set: for memory that is written before it is read, and of
+ * which a call may use little. */
+qllm_status qllm_alloc_scratch(void **out, int64_t count, int64_t size, const char *what,
+                               qllm_error *error);
+
+/* Frees what the functions above gave; NULL is allowed. */
 void qllm_free(void *memory);
 
 /* For tests: let the n-th allocation from now fail (1 = the next), 0 = never.  Process-wide. */

@@ -30,6 +30,7 @@ typedef struct kept {
     int64_t count;
     int32_t *ids;    /* (count) */
     float *values;   /* (count) logits */
+    bool weighed;    /* whether there are weights */
     double *weights; /* (count) exp((logit - max) / temperature), so that the largest is 1 */
 } kept;
 
@@ -259,7 +260,9 @@ static void keep_from(kept *k, float cut, int64_t ties)
             k->last = k->ids[i];
         k->ids[count] = k->ids[i];
         k->values[count] = value;
-        k->weights[count++] = k->weights[i];
+        if (k->weighed)
+            k->weights[count] = k->weights[i];
+        count++;
     }
     k->count = count;
 }
@@ -287,6 +290,13 @@ static double one(const row *r, float value)
 static double weight_of(const row *r, float value)
 {
     return qllm_exp2(((double)value - r->max) * r->factor);
+}
+
+/* Weighs the tokens that were written down; returns the sum. */
+static double weigh_list(const row *r, kept *k)
+{
+    k->weighed = true;
+    return weigh(r->ops, k->values, k->count, r->max, r->factor, k->weights);
 }
 
 /* Writes down the tokens with a logit of at least `bound`. */
@@ -322,7 +332,7 @@ static void keep_top_p(const row *r, kept *k, double top_p)
     if (!k->listed) {
         /* those below a share of what may be left out cannot be more than that together */
         list(r, k, logit_bound(r, (1 - top_p) * k->total / (double)r->vocab));
-        weigh(r->ops, k->values, k->count, r->max, r->factor, k->weights);
+        weigh_list(r, k);
     }
     goal g = {r->ops, k->values, k->weights, k->count, target};
     keep_largest(r, k, &g, weight_of);
@@ -333,7 +343,7 @@ static void keep_min_p(const row *r, kept *k, double min_p)
     float cut = (float)r->max;
     if (!k->listed) {
         list(r, k, logit_bound(r, min_p));
-        weigh(r->ops, k->values, k->count, r->max, r->factor, k->weights);
+        weigh_list(r, k);
     }
     for (int64_t i = 0; i < k->count; i++)
         if (k->weights[i] >= min_p && k->values[i] < cut) /* the largest weight is 1 */
@@ -349,11 +359,11 @@ static void filter(const row *r, const qllm_sampling *s, kept *k)
     bool top_k = s->top_k > 0 && s->top_k < r->vocab;
     k->cut = -FLT_MAX;
     k->last = r->vocab - 1;
-    k->listed = false;
+    k->listed = k->weighed = false;
     k->unfiltered = 0;
     if (top_k) {
         keep_top_k(r, k, s->top_k);
-        k->total = weigh(r->ops, k->values, k->count, r->max, r->factor, k->weights);
+        k->total = weigh_list(r, k);
     } else if (s->top_p < 1 || s->min_p <= 0)
         k->total = k->unfiltered = weigh(r->ops, r->logits, r->vocab, r->max, r->factor, NULL);
     if (s->top_p >= 1 && s->min_p <= 0)

@@ -3,11 +3,14 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/alloc.h"
 #include "core/sampler.h"
 #include "python/array.h"
+#include "python/py_cpu.h"
 
-/* Between two looks for Ctrl-C a loop over rows handles about so many logits. */
-enum { WORK_BETWEEN_SIGNALS = 1 << 22 };
+/* Between two looks for Ctrl-C a thread handles about so many logits; fewer than so many in all are
+ * not worth a second thread. */
+enum { WORK_BETWEEN_SIGNALS = 1 << 22, WORK_OF_A_THREAD = 1 << 18 };
 
 static int is_bool(PyObject *object)
 {
@@ -144,26 +147,85 @@ static PyObject *raise_row(const qllm_state *state, const qllm_logit_rows *logit
     return qllm_raise(state, &named);
 }
 
-int qllm_each_row(const qllm_state *state, const qllm_logit_rows *logits, int64_t work_per_row,
-                  qllm_row_function function, void *context)
+/* A stretch of rows on its threads; each notes the first of its rows that failed. */
+typedef struct stretch {
+    const qllm_row_work *work;
+    int64_t first;
+    int64_t scratch; /* bytes of a thread */
+    char *memory;    /* (threads, scratch) */
+    int64_t *failed; /* (threads) INT64_MAX: none */
+    qllm_error *errors; /* (threads) */
+} stretch;
+
+static void do_rows(void *context, int64_t begin, int64_t end, int thread)
 {
-    int64_t chunk = WORK_BETWEEN_SIGNALS / (work_per_row > 0 ? work_per_row : 1) + 1;
-    for (int64_t row = 0; row < logits->n;) {
-        int64_t stop = logits->n - row < chunk ? logits->n : row + chunk;
-        qllm_status status = QLLM_OK;
-        qllm_error error;
+    stretch *s = context;
+    qllm_error error;
+    for (int64_t row = s->first + begin; row < s->first + end; row++) {
+        if (s->work->row(s->work->context, row, s->memory + thread * s->scratch, &error) == QLLM_OK)
+            continue;
+        if (row < s->failed[thread]) {
+            s->failed[thread] = row;
+            s->errors[thread] = error;
+        }
+        return;
+    }
+}
+
+/* Runs all rows stretch by stretch; `pool` NULL: on this thread alone. */
+static int run_stretches(const qllm_state *state, const qllm_logit_rows *logits, stretch *s,
+                         qllm_threads *pool, int count)
+{
+    int64_t each = s->work->logits > 0 ? s->work->logits : 1;
+    int64_t rows = (WORK_BETWEEN_SIGNALS / each + 1) * count;
+    for (s->first = 0; s->first < logits->n; s->first += rows) {
+        int64_t n = logits->n - s->first < rows ? logits->n - s->first : rows;
+        int first = 0;
         Py_BEGIN_ALLOW_THREADS
-        while (row < stop && (status = function(context, row, &error)) == QLLM_OK)
-            row++;
+        if (pool != NULL)
+            qllm_threads_run(pool, n, do_rows, s);
+        else
+            do_rows(s, 0, n, 0);
         Py_END_ALLOW_THREADS
-        if (status != QLLM_OK) {
-            raise_row(state, logits, row, &error);
+        for (int i = 1; i < count; i++)
+            first = s->failed[i] < s->failed[first] ? i : first;
+        if (s->failed[first] != INT64_MAX) {
+            raise_row(state, logits, s->failed[first], &s->errors[first]);
             return -1;
         }
         if (PyErr_CheckSignals() < 0)
             return -1;
     }
     return 0;
+}
+
+/* Whether several threads are worth waking. */
+static int is_long(const qllm_logit_rows *logits, const qllm_row_work *work)
+{
+    return logits->n > 1 && work->logits > WORK_OF_A_THREAD / logits->n;
+}
+
+int qllm_each_row(qllm_state *state, const qllm_logit_rows *logits, const qllm_row_work *work)
+{
+    qllm_threads *pool = NULL;
+    qllm_error error;
+    stretch s = {.work = work, .scratch = (work->scratch + 63) / 64 * 64};
+    if (is_long(logits, work) && (pool = qllm_shared_threads(state, work->threads)) == NULL)
+        return -1;
+    int count = pool != NULL ? qllm_threads_count(pool) : 1, result = -1;
+    if (qllm_alloc_scratch((void **)&s.memory, count, s.scratch, "the scratch of a row", &error) ==
+            QLLM_OK &&
+        qllm_alloc((void **)&s.failed, count, sizeof *s.failed, "the rows", &error) == QLLM_OK &&
+        qllm_alloc((void **)&s.errors, count, sizeof *s.errors, "the rows", &error) == QLLM_OK) {
+        for (int i = 0; i < count; i++)
+            s.failed[i] = INT64_MAX;
+        result = run_stretches(state, logits, &s, pool, count);
+    } else
+        qllm_raise(state, &error);
+    qllm_free(s.memory);
+    qllm_free(s.failed);
+    qllm_free(s.errors);
+    return result;
 }
 
 PyObject *qllm_row_result(PyObject *array, int single)

@@ -35,13 +35,19 @@ PyObject *qllm_item_of(const qllm_state *state, PyObject *object, int64_t row, i
 PyObject *qllm_parse_tokens(const qllm_state *state, PyObject *object,
                             const qllm_logit_rows *logits, const char *name);
 
-/* One row of work; it must not touch Python objects. */
-typedef qllm_status (*qllm_row_function)(void *context, int64_t row, qllm_error *error);
+/* Work on rows: `row` is called once for each, with memory of its thread; it must not touch Python
+ * objects, and what it writes must not depend on the order of the rows. */
+typedef struct qllm_row_work {
+    qllm_status (*row)(void *context, int64_t row, void *scratch, qllm_error *error);
+    void *context;
+    int64_t scratch; /* bytes */
+    int64_t logits;  /* handled in one row: for the pace of Ctrl-C and the use of threads */
+    int threads;     /* as in qllm_threads_create */
+} qllm_row_work;
 
-/* Runs the function on all rows without the GIL, looking for Ctrl-C now and then (work_per_row in
- * logits); 0, or -1 with an exception that names the row. */
-int qllm_each_row(const qllm_state *state, const qllm_logit_rows *logits, int64_t work_per_row,
-                  qllm_row_function function, void *context);
+/* Does the work on all rows without the GIL, on several threads where it is long, looking for
+ * Ctrl-C now and then; 0, or -1 with an exception that names the first row that failed. */
+int qllm_each_row(qllm_state *state, const qllm_logit_rows *logits, const qllm_row_work *work);
 
 /* The array (n) as it is, or its first number where the logits were one row; steals `array`. */
 PyObject *qllm_row_result(PyObject *array, int single);

@@ -22,10 +22,9 @@ typedef struct stats_context {
     const int64_t *targets; /* (n), or NULL */
     double *stats[N_STATS]; /* (n, n_temperatures) each */
     uint8_t *same_top;      /* (n) */
-    void *scratch;
 } stats_context;
 
-static qllm_status stats_row(void *context, int64_t row, qllm_error *error)
+static qllm_status stats_row(void *context, int64_t row, void *scratch, qllm_error *error)
 {
     stats_context *c = context;
     int64_t start = row * c->n_temperatures, vocab = c->ref.vocab;
@@ -35,7 +34,7 @@ static qllm_status stats_row(void *context, int64_t row, qllm_error *error)
     int same_top = 0;
     qllm_status status = qllm_logit_stats_row(
         c->ops, c->ref.data + row * vocab, c->test.data + row * vocab, vocab, c->temperatures,
-        c->n_temperatures, c->targets ? c->targets[row] : -1, c->scratch, &out, &same_top, error);
+        c->n_temperatures, c->targets ? c->targets[row] : -1, scratch, &out, &same_top, error);
     c->same_top[row] = (uint8_t)same_top;
     return status;
 }
@@ -107,15 +106,17 @@ static int64_t work_per_row(const stats_context *c)
 
 static PyObject *py_logit_stats(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ref", "test", "temperatures", "targets", "isa", NULL};
-    const qllm_state *state = qllm_state_of(module);
+    static char *names[] = {"ref", "test", "temperatures", "targets", "isa", "threads", NULL};
+    qllm_state *state = qllm_state_of(module);
     PyObject *ref, *test, *temperatures, *targets = Py_None, *target_array = NULL, *result = NULL;
+    PyObject *threads = Py_None;
     const char *isa = NULL;
     stats_context c;
-    qllm_error error;
+    qllm_row_work work = {.row = stats_row, .context = &c};
     memset(&c, 0, sizeof c);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O$z:logit_stats", names, &ref, &test,
-                                     &temperatures, &targets, &isa) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O$zO:logit_stats", names, &ref, &test,
+                                     &temperatures, &targets, &isa, &threads) ||
+        qllm_parse_threads(state, threads, &work.threads) < 0 ||
         (c.ops = qllm_choose_logit_ops(state, isa)) == NULL)
         return NULL;
     if (parse_pair(state, ref, test, &c) < 0 || parse_temperatures(state, temperatures, &c) < 0)
@@ -126,26 +127,23 @@ static PyObject *py_logit_stats(PyObject *module, PyObject *args, PyObject *kwar
             goto out;
         c.targets = qllm_array_data(target_array);
     }
-    if (qllm_alloc(&c.scratch, qllm_logit_stats_scratch(c.ref.vocab), 1,
-                   "the scratch of logit_stats", &error) != QLLM_OK) {
-        qllm_raise(state, &error);
-        goto out;
-    }
+    work.scratch = qllm_logit_stats_scratch(c.ref.vocab);
+    work.logits = work_per_row(&c);
     result = new_results(&c);
-    if (result != NULL && qllm_each_row(state, &c.ref, work_per_row(&c), stats_row, &c) < 0)
+    if (result != NULL && qllm_each_row(state, &c.ref, &work) < 0)
         Py_CLEAR(result);
 out:
     Py_XDECREF(target_array);
     Py_XDECREF(c.ref.array);
     Py_XDECREF(c.test.array);
     qllm_free(c.temperatures);
-    qllm_free(c.scratch);
     return result;
 }
 
 static PyMethodDef functions[] = {
     {"logit_stats", (PyCFunction)(void (*)(void))py_logit_stats, METH_VARARGS | METH_KEYWORDS,
-     "logit_stats($module, ref, test, temperatures, targets=None, *, isa=None)\n--\n\n"
+     "logit_stats($module, ref, test, temperatures, targets=None, *, isa=None, threads=None)\n"
+     "--\n\n"
      "Compares rows of logits, (vocab) or (n, vocab) float32, at all temperatures: a dict of kl, "
      "kl_reverse, tv, disagreement, entropy_ref, entropy_test, max_ref, delta_p, float64 "
      "(n, n_temperatures), or (n_temperatures) for one row, and same_top, uint8 (n). See "

@@ -17,7 +17,7 @@ typedef struct batch {
     const int64_t **history; /* (n) */
     int64_t *n_history;      /* (n) */
     PyObject *histories;
-    void *scratch;
+    int threads;
 } batch;
 
 /* The parameters in the order of PARAMETERS, each NULL where the caller left it out. */
@@ -104,17 +104,6 @@ static void batch_free(batch *b)
     qllm_free(b->steps);
     qllm_free(b->history);
     qllm_free(b->n_history);
-    qllm_free(b->scratch);
-}
-
-static int sample_scratch(const qllm_state *state, int64_t vocab, void **scratch)
-{
-    qllm_error error;
-    if (qllm_alloc(scratch, qllm_sample_scratch(vocab), 1, "the sampler's scratch", &error) ==
-        QLLM_OK)
-        return 0;
-    qllm_raise(state, &error);
-    return -1;
 }
 
 static int batch_alloc(const qllm_state *state, batch *b)
@@ -129,17 +118,18 @@ static int batch_alloc(const qllm_state *state, batch *b)
         qllm_raise(state, &error);
         return -1;
     }
-    return sample_scratch(state, b->logits.vocab, &b->scratch);
+    return 0;
 }
 
 /* Reads all arguments of sample and distribution.  On failure the batch is to be freed too. */
 static int batch_parse(const qllm_state *state, PyObject *logits,
-                       PyObject *const parameters[N_PARAMETERS], const char *isa, batch *b)
+                       PyObject *const parameters[N_PARAMETERS], const char *isa, PyObject *threads,
+                       batch *b)
 {
     memset(b, 0, sizeof *b);
     b->ops = qllm_choose_logit_ops(state, isa);
-    if (b->ops == NULL || qllm_parse_rows(state, logits, "logits", &b->logits) < 0 ||
-        batch_alloc(state, b) < 0)
+    if (b->ops == NULL || qllm_parse_threads(state, threads, &b->threads) < 0 ||
+        qllm_parse_rows(state, logits, "logits", &b->logits) < 0 || batch_alloc(state, b) < 0)
         return -1;
     int64_t n = b->logits.n;
     for (int64_t row = 0; row < n; row++)
@@ -165,15 +155,14 @@ typedef struct sample_context {
     float *probabilities;
 } sample_context;
 
-static qllm_status sample_row(void *context, int64_t row, qllm_error *error)
+static qllm_status sample_row(void *context, int64_t row, void *scratch, qllm_error *error)
 {
     sample_context *c = context;
     const batch *b = &c->batch;
     qllm_sampled sampled;
     qllm_status status = qllm_sample(b->ops, b->logits.data + row * b->logits.vocab,
                                      b->logits.vocab, &b->sampling[row], b->history[row],
-                                     b->n_history[row], b->steps[row], b->scratch, &sampled,
-                                     error);
+                                     b->n_history[row], b->steps[row], scratch, &sampled, error);
     if (status != QLLM_OK)
         return status;
     c->tokens[row] = sampled.token;
@@ -182,36 +171,48 @@ static qllm_status sample_row(void *context, int64_t row, qllm_error *error)
     return QLLM_OK;
 }
 
-static qllm_status distribution_row(void *context, int64_t row, qllm_error *error)
+static qllm_status distribution_row(void *context, int64_t row, void *scratch,
+                                    qllm_error *error)
 {
     sample_context *c = context;
     const batch *b = &c->batch;
     int64_t start = row * b->logits.vocab;
     return qllm_distribution(b->ops, b->logits.data + start, b->logits.vocab, &b->sampling[row],
-                             b->history[row], b->n_history[row], b->scratch,
+                             b->history[row], b->n_history[row], scratch,
                              c->probabilities + start, error);
+}
+
+/* Draws or writes down every row of a batch. */
+static int each_row(qllm_state *state, sample_context *c,
+                    qllm_status (*row)(void *, int64_t, void *, qllm_error *))
+{
+    const qllm_logit_rows *r = &c->batch.logits;
+    const qllm_row_work work = {row, c, qllm_sample_scratch(r->vocab), r->vocab, c->batch.threads};
+    return qllm_each_row(state, r, &work);
 }
 
 static PyObject *py_sample(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
                             "repetition_penalty", "seed", "prompt", "step", "history", "isa",
-                            NULL};
-    const qllm_state *state = qllm_state_of(module);
+                            "threads", NULL};
+    qllm_state *state = qllm_state_of(module);
     PyObject *logits, *p[N_PARAMETERS] = {NULL}, *arrays[3] = {NULL}, *result = NULL;
+    PyObject *threads = Py_None;
     const char *isa = NULL;
     sample_context c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOz:sample", names, &logits, &p[0],
-                                     &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &isa))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOzO:sample", names, &logits, &p[0],
+                                     &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &isa,
+                                     &threads))
         return NULL;
-    if (batch_parse(state, logits, p, isa, &c.batch) < 0)
+    if (batch_parse(state, logits, p, isa, threads, &c.batch) < 0)
         goto out;
     const qllm_logit_rows *r = &c.batch.logits;
     arrays[0] = qllm_array_new(QLLM_ARRAY_I64, 1, &r->n, (void **)&c.tokens);
     arrays[1] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.logprobs);
     arrays[2] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.sampling_logprobs);
     if (!arrays[0] || !arrays[1] || !arrays[2] ||
-        qllm_each_row(state, r, r->vocab, sample_row, &c) < 0)
+        each_row(state, &c, sample_row) < 0)
         goto out;
     for (int i = 0; i < 3; i++)
         arrays[i] = qllm_row_result(arrays[i], r->single);
@@ -227,21 +228,22 @@ out:
 static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
-                            "repetition_penalty", "history", "isa", NULL};
-    const qllm_state *state = qllm_state_of(module);
+                            "repetition_penalty", "history", "isa", "threads", NULL};
+    qllm_state *state = qllm_state_of(module);
     PyObject *logits, *p[N_PARAMETERS] = {NULL}, *result = NULL;
+    PyObject *threads = Py_None;
     const char *isa = NULL;
     sample_context c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOz:distribution", names, &logits,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOzO:distribution", names, &logits,
                                      &p[TEMPERATURE], &p[TOP_K], &p[TOP_P], &p[MIN_P], &p[PENALTY],
-                                     &p[HISTORY], &isa))
+                                     &p[HISTORY], &isa, &threads))
         return NULL;
-    if (batch_parse(state, logits, p, isa, &c.batch) == 0) {
+    if (batch_parse(state, logits, p, isa, threads, &c.batch) == 0) {
         const qllm_logit_rows *r = &c.batch.logits;
         const int64_t shape[2] = {r->n, r->vocab};
         result = qllm_array_new(QLLM_ARRAY_F32, 2 - r->single, shape + r->single,
                                 (void **)&c.probabilities);
-        if (result != NULL && qllm_each_row(state, r, r->vocab, distribution_row, &c) < 0)
+        if (result != NULL && each_row(state, &c, distribution_row) < 0)
             Py_CLEAR(result);
     }
     batch_free(&c.batch);
@@ -255,39 +257,41 @@ typedef struct logprob_context {
     qllm_logit_rows logits;
     const int64_t *tokens;
     double *out;
-    void *scratch;
 } logprob_context;
 
-static qllm_status logprob_row(void *context, int64_t row, qllm_error *error)
+static qllm_status logprob_row(void *context, int64_t row, void *scratch, qllm_error *error)
 {
     logprob_context *c = context;
     return qllm_logprob(c->ops, c->logits.data + row * c->logits.vocab, c->logits.vocab,
-                        c->tokens[row], c->scratch, &c->out[row], error);
+                        c->tokens[row], scratch, &c->out[row], error);
 }
 
 static PyObject *py_logprobs(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"logits", "tokens", "isa", NULL};
-    const qllm_state *state = qllm_state_of(module);
+    static char *names[] = {"logits", "tokens", "isa", "threads", NULL};
+    qllm_state *state = qllm_state_of(module);
     PyObject *logits, *tokens, *token_array = NULL, *result = NULL;
+    PyObject *threads = Py_None;
     const char *isa = NULL;
     logprob_context c = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$z:logprobs", names, &logits, &tokens,
-                                     &isa) ||
+    qllm_row_work work = {.row = logprob_row, .context = &c};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$zO:logprobs", names, &logits, &tokens,
+                                     &isa, &threads) ||
+        qllm_parse_threads(state, threads, &work.threads) < 0 ||
         (c.ops = qllm_choose_logit_ops(state, isa)) == NULL)
         return NULL;
     if (qllm_parse_rows(state, logits, "logits", &c.logits) == 0 &&
-        sample_scratch(state, c.logits.vocab, &c.scratch) == 0 &&
         (token_array = qllm_parse_tokens(state, tokens, &c.logits, "tokens")) != NULL) {
         c.tokens = qllm_array_data(token_array);
         result = qllm_array_new(QLLM_ARRAY_F64, 1, &c.logits.n, (void **)&c.out);
-        if (result != NULL && qllm_each_row(state, &c.logits, c.logits.vocab, logprob_row, &c) < 0)
+        work.scratch = qllm_sample_scratch(c.logits.vocab);
+        work.logits = c.logits.vocab;
+        if (result != NULL && qllm_each_row(state, &c.logits, &work) < 0)
             Py_CLEAR(result);
         result = qllm_row_result(result, c.logits.single);
     }
     Py_XDECREF(token_array);
     Py_XDECREF(c.logits.array);
-    qllm_free(c.scratch);
     return result;
 }
 
@@ -370,16 +374,17 @@ static PyObject *py_philox(PyObject *module, PyObject *args, PyObject *kwargs)
 static PyMethodDef functions[] = {
     {"sample", (PyCFunction)(void (*)(void))py_sample, KEYWORDS,
      "sample($module, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, "
-     "repetition_penalty=1.0, seed=0, prompt=0, step=0, history=None, isa=None)\n--\n\n"
+     "repetition_penalty=1.0, seed=0, prompt=0, step=0, history=None, isa=None, threads=None)\n"
+     "--\n\n"
      "Draws a token for each row of logits, (vocab) or (n, vocab) float32: tokens int64, logprobs "
      "float32, sampling_logprobs float32, each (n), or numbers for one row. See qllm.sample."},
     {"distribution", (PyCFunction)(void (*)(void))py_distribution, KEYWORDS,
      "distribution($module, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, "
-     "repetition_penalty=1.0, history=None, isa=None)\n--\n\n"
+     "repetition_penalty=1.0, history=None, isa=None, threads=None)\n--\n\n"
      "The probabilities that sample draws from, float32 of the shape of logits: exactly 0 for "
      "tokens that were filtered out."},
     {"logprobs", (PyCFunction)(void (*)(void))py_logprobs, KEYWORDS,
-     "logprobs($module, logits, tokens, *, isa=None)\n--\n\n"
+     "logprobs($module, logits, tokens, *, isa=None, threads=None)\n--\n\n"
      "log softmax(logits)[token] of each row, (vocab) or (n, vocab) float32, and its token: "
      "float64 (n), or a number for one row."},
     {"gumbel", (PyCFunction)(void (*)(void))py_gumbel, KEYWORDS,

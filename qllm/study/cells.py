@@ -241,6 +241,7 @@ def _compare(
         model.logits(read)[before:],
         np.asarray(temperatures, np.float64),
         targets=targets,
+        threads=model.decoder.info()["threads"],
     )
     values = {name: getattr(found, name) for name in MEASURES}
     values["delta_p_squared"] = np.square(found.delta_p)
