@@ -8,6 +8,7 @@ the jump passes, with all instructions that lead to the jump without passing tha
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 FUNCTION = re.compile(r"^([0-9a-f]+) <(.+)>:$")
@@ -48,20 +49,23 @@ class Loop:
     always: tuple[Instruction, ...]  # those that no turn of the loop goes round
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Function:
     name: str
     address: int
     code: tuple[Instruction, ...]
 
 
-def functions(disassembly: str) -> list[Function]:
-    """From `objdump -d --no-show-raw-insn`."""
+def functions(disassembly: str, wanted: Container[int] | None = None) -> list[Function]:
+    """From `objdump -d --no-show-raw-insn`; those at the addresses `wanted`, or all."""
     found: list[tuple[str, int, list[Instruction]]] = []
+    inside = False
     for line in disassembly.splitlines():
-        if head := FUNCTION.match(line):
-            found.append((head[2], int(head[1], 16), []))
-        elif found and (match := INSTRUCTION.match(line)):
+        if line.endswith(">:") and (head := FUNCTION.match(line)):
+            inside = wanted is None or int(head[1], 16) in wanted
+            if inside:
+                found.append((head[2], int(head[1], 16), []))
+        elif inside and (match := INSTRUCTION.match(line)):
             words = f"{match[2]} {match[3]}".split(" ")
             while len(words) > 1 and words[0] in PREFIXES:
                 words.pop(0)

@@ -8,6 +8,7 @@ built is not looked at.
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 import shutil
@@ -67,14 +68,15 @@ def kernels() -> dict[str, list[machine_code.Function]]:
     files = machine_code.source_files(objdump("-t", library))
     if not files:
         pytest.skip("the extension was stripped of its symbols")
+    wanted = {address for address, file in files.items() if file.startswith("linear_")}
     found: dict[str, list[machine_code.Function]] = {}
-    for function in machine_code.functions(objdump("-d", "--no-show-raw-insn", library)):
-        file = files.get(function.address, "")
-        if file.startswith("linear"):
-            found.setdefault(file, []).append(function)
+    text = objdump("-d", "--no-show-raw-insn", library)
+    for function in machine_code.functions(text, wanted):
+        found.setdefault(files[function.address], []).append(function)
     return found
 
 
+@functools.lru_cache(maxsize=None)
 def hot_loops(function: machine_code.Function) -> list[machine_code.Loop]:
     loops = machine_code.innermost_loops(function)
     return [loop for loop in loops if any(MULTIPLY.fullmatch(i.name) for i in loop.code)]
@@ -100,9 +102,8 @@ def test_inner_loops_neither_spill_nor_call(
     isa: str, kernels: dict[str, list[machine_code.Function]]
 ) -> None:
     files = [file for file in kernels if file.endswith(f"_{isa}.c")]
-    functions = [function for file in files for function in kernels[file]]
     # each layout has loops for one row and for more
-    assert sum(len(hot_loops(function)) for function in functions) >= 10, files
+    assert sum(len(hot_loops(function)) for file in files for function in kernels[file]) >= 10
     found = [line for file in files for function in kernels[file]
              for line in complaints(function, STILL_SPILLED.get((file, function.name), 0))]
     assert not found, "\n".join(found)
