@@ -168,8 +168,15 @@ class CpuInfo(TypedDict):
     compiled: list[str]
     default: str
     threads_available: int
+    threads_default: int
+    cores: int
+    logical: int
+    quota: int
 
 def cpu_info() -> CpuInfo: ...
+def _pretend_cores(n: int, /) -> None: ...
+def _processors(root: str, /) -> dict[str, int]: ...
+def _threads_cover(threads: int, n: int, rounds: int, /) -> tuple[int, int, list[int]]: ...
 def linear(
     weight: QuantizedTensor,
     x: Any,

@@ -62,7 +62,9 @@ def test_info_of_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["instruction_sets_compiled"] == cpu["compiled"]
     assert facts["instruction_sets_usable"] == cpu["isas"]
     assert facts["instruction_set_used"] == cpu["default"]
-    assert facts["threads"] == cpu["threads_available"]
+    assert facts["threads"] == cpu["threads_default"]
+    assert (facts["cores"], facts["logical_processors"]) == (cpu["cores"], cpu["logical"])
+    assert facts["processor_quota"] == (cpu["quota"] or "none")
     text = run("info", capsys=capsys)
     assert re.search(rf"^instruction set used +{cpu['default']}$", text, re.MULTILINE)
 

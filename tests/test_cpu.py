@@ -59,7 +59,8 @@ def assert_same_bits(y: np.ndarray, expected: np.ndarray, what: object = "") -> 
 
 
 def test_cpu_info() -> None:
-    assert set(INFO) == {"model", "features", "isas", "compiled", "default", "threads_available"}
+    assert set(INFO) == {"model", "features", "isas", "compiled", "default", "threads_available",
+                         "threads_default", "cores", "logical", "quota"}
     assert "scalar" in SETS and set(SETS) <= set(INFO["compiled"])
     assert 1 <= INFO["threads_available"] <= (os.cpu_count() or 1)
 

@@ -1,8 +1,9 @@
 /* A small pool of threads.  Each has its part of the work and then helps the others; the caller
  * works too, does alone what nobody came for, and waits only for threads in the middle of a chunk:
  * on a busy machine a thread that gets no processor holds up nobody.  A pool of one thread starts
- * none.  Safe to use after fork (a child starts its own threads at first use), by two
- * Python threads at once (they take turns) and next to other libraries' pools. */
+ * none.  Workers stay off the core of the caller.  Safe to use after fork (a child starts its own
+ * threads at first use), next to other libraries' pools, and by several Python threads at once, on
+ * one pool or on several: their jobs share the processors. */
 #ifndef QLLM_CPU_THREADS_H
 #define QLLM_CPU_THREADS_H
 
@@ -12,11 +13,13 @@
 
 typedef struct qllm_threads qllm_threads;
 
-/* Processors this process may use: affinity mask and cgroup quota; at least 1. */
+/* The most threads that this process can have running, by affinity mask and control group, and how
+ * many it has unless told otherwise: one per physical core of these.  At least 1. */
 int qllm_threads_available(void);
+int qllm_threads_default(void);
 
 /* n threads in all, the caller included; 0 means QLLM_THREADS from the environment or, without it,
- * all available ones. More than available is clamped. */
+ * the default.  More than available is clamped. */
 qllm_status qllm_threads_create(int n, qllm_threads **out, qllm_error *error);
 
 /* The number of threads that qllm_threads_create(n) would have. */

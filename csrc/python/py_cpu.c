@@ -8,6 +8,7 @@
 #include "core/checked.h"
 #include "core/linear_ref.h"
 #include "cpu/linear.h"
+#include "cpu/processors.h"
 #include "python/array.h"
 #include "python/py_quant.h"
 
@@ -109,13 +110,18 @@ static PyObject *py_cpu_info(PyObject *module, PyObject *unused)
 {
     const qllm_cpu_features *f = qllm_cpu_features_get();
     qllm_isa isa;
+    qllm_processors processors;
     (void)unused;
     if (qllm_choose_isa(qllm_state_of(module), NULL, &isa) < 0)
         return NULL;
-    return Py_BuildValue("{s:s,s:N,s:N,s:N,s:s,s:i}", "model", f->model, "features",
-                         feature_list(f), "isas", isa_list(qllm_isa_supported), "compiled",
-                         isa_list(qllm_isa_compiled), "default", qllm_isa_name(isa),
-                         "threads_available", qllm_threads_available());
+    qllm_processors_get(&processors);
+    return Py_BuildValue("{s:s,s:N,s:N,s:N,s:s,s:i,s:i,s:i,s:i,s:i}", "model", f->model,
+                         "features", feature_list(f), "isas", isa_list(qllm_isa_supported),
+                         "compiled", isa_list(qllm_isa_compiled), "default", qllm_isa_name(isa),
+                         "threads_available", qllm_processors_usable(&processors),
+                         "threads_default", qllm_processors_default(&processors),
+                         "cores", processors.cores, "logical", processors.logical,
+                         "quota", processors.quota);
 }
 
 /* What linear and matmul were asked for. */
@@ -147,8 +153,8 @@ int qllm_parse_threads(const qllm_state *state, PyObject *object, int *threads)
     if (object != Py_None && qllm_parse_int64(state, object, "threads", &n) < 0)
         return -1;
     if (object != Py_None && n < 1) {
-        qllm_raise_value(state, "threads: %lld was given; expected 1 or more, or None for all %d "
-                         "available", (long long)n, qllm_threads_available());
+        qllm_raise_value(state, "threads: %lld was given; expected 1 or more, or None for one per "
+                         "core, %d here", (long long)n, qllm_threads_default());
         return -1;
     }
     *threads = n < 1000000 ? (int)n : 1000000;
@@ -316,15 +322,18 @@ static PyMethodDef functions[] = {
      "cpu_info($module, /)\n--\n\n"
      "model: the processor's name; features: those that the kernels ask about; isas: instruction\n"
      "sets that can be chosen here; compiled: those of this build; default: the one that is used\n"
-     "(QLLM_CPU, or the best); threads_available: processors this process may use."},
+     "(QLLM_CPU, or the best).  Of the affinity mask: logical processors, and the cores that they\n"
+     "belong to; quota: the control groups' limit in processors, 0 for none; threads_available:\n"
+     "the most threads that can be asked for; threads_default: how many there are otherwise\n"
+     "(QLLM_THREADS aside)."},
     {"linear", (PyCFunction)(void (*)(void))py_linear, KEYWORDS,
      "linear($module, weight, x, bias=None, *, isa=None, threads=None, int8_threshold=6.0, "
      "int8_outliers='row')\n--\n\n"
      "y = x W^T + bias, float32 (m, rows) for x float32 (m, cols), or (rows,) for (cols,), with\n"
      "the kernels of an instruction set (None: QLLM_CPU, or the best) and a number of threads\n"
-     "(None: QLLM_THREADS, or all).  The bits depend on neither.  int8: |x| >= int8_threshold are\n"
-     "outliers, taken row by row or, with 'batch', by columns of the whole x as bitsandbytes\n"
-     "does."},
+     "(None: QLLM_THREADS, or one per core).  The bits depend on neither.  int8: values\n"
+     "|x| >= int8_threshold are outliers, taken row by row or, with 'batch', by columns of the\n"
+     "whole x as bitsandbytes does."},
     {"linear_name", (PyCFunction)(void (*)(void))py_linear_name, KEYWORDS,
      "linear_name($module, weight, m, *, isa=None)\n--\n\n"
      "Which kernel multiplies m rows by this weight."},
@@ -334,7 +343,7 @@ static PyMethodDef functions[] = {
 int qllm_setup_cpu(PyObject *module)
 {
     if (PyModule_AddFunctions(module, functions) < 0 || qllm_setup_encode(module) < 0 ||
-        qllm_setup_limits(module) < 0)
+        qllm_setup_limits(module) < 0 || qllm_setup_threads_test(module) < 0)
         return -1;
     return qllm_setup_ops_test(module);
 }

@@ -58,7 +58,11 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, processor, instruction sets, threads, and whether CUDA can be used."""
+    """Versions, processor, instruction sets, the threads used by default, and whether CUDA can be.
+
+    Cores and logical processors are those that this process may use (affinity mask); the quota is
+    that of its control groups, in processors.
+    """
     cpu = _core.cpu_info()
     return {
         "qllm": __version__,
@@ -70,7 +74,10 @@ def build_info() -> dict[str, Any]:
         "instruction_sets_compiled": list(cpu["compiled"]),
         "instruction_sets_usable": list(cpu["isas"]),
         "instruction_set_used": cpu["default"],
-        "threads": cpu["threads_available"],
+        "cores": cpu["cores"],
+        "logical_processors": cpu["logical"],
+        "processor_quota": cpu["quota"] or "none",
+        "threads": cpu["threads_default"],
         "cuda": _cuda(),
     }
 
