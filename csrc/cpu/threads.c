@@ -348,12 +348,11 @@ static void *worker_main(void *argument)
     worker *self = argument;
     uint32_t seen = 0; /* the pool started its workers before its first job */
     int64_t offered = nanoseconds();
-    for (;;) {
+    do {
         wait_for_job(self, seen, &offered);
-        if (atomic_load(&self->pool->stop))
-            return NULL;
-        seen = join_job(self);
-    }
+        seen = join_job(self); /* perhaps the last generation, after one that it came late for */
+    } while (!atomic_load(&self->pool->stop));
+    return NULL;
 }
 
 /* Workers take no signals: those are for the program's own threads.  Where the system gives fewer
