@@ -206,3 +206,20 @@ def test_sampling_times_every_candidate_in_every_round(tmp_path: Path) -> None:
         peers = {"torch"} if job.startswith("logit_stats") else {"torch", "transformers"}
         assert set(seconds) == {"qllm", *peers} and job in printed
         assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def test_loading_measures_time_and_memory(tmp_path: Path) -> None:
+    out = tmp_path / "loading.json"
+    printed = script("loading.py", "demo:llama", "--formats", "nf4", "bf16", "--threads", "1",
+                     "--rounds", "2", "--json", str(out))
+    found = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert [(row["format"], row["threads"]) for row in found] == [("nf4", 1), ("bf16", 1)]
+    for row in found:
+        assert {name: len(times) for name, times in row["seconds"].items()} == {
+            "pass": 2, "touch": 2, "load": 2}
+        assert 0 < row["share"] < row["share_with_memory"]
+        assert row["memory"]["peak"] >= row["memory"]["before"] > 0 and row["format"] in printed
+    assert found[0]["memory"]["held"] < found[1]["memory"]["held"]

@@ -20,7 +20,8 @@ SETS = _core.cpu_info()["isas"]
 FOUR_BIT = ("nf4", "fp4", "nf4-dq", "fp4-dq")
 DTYPES = ("float32", "float16", "bfloat16")
 F32 = np.float32
-PARTS = ("packed", "absmax", "absmax_codes", "nested_absmax", "nested_quant_map", "quant_map", "scb")
+PARTS = ("packed", "absmax", "absmax_codes", "nested_absmax", "nested_quant_map", "quant_map",
+         "scb")
 
 
 def as_dtype(values: np.ndarray, dtype: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -135,7 +136,8 @@ def test_absmax_values_at_the_thresholds_of_the_second_level(format: str) -> Non
     middles = neighbours((book[:-1] + book[1:]) / 2)
     for seed, offset in enumerate((1.0, 1.5, 4.0)):
         absmax = (middles + F32(offset)).astype(F32)
-        absmax = np.random.default_rng(seed).permutation(np.concatenate([absmax, F32(2 * offset) - absmax]))
+        absmax = np.concatenate([absmax, F32(2 * offset) - absmax])
+        absmax = np.random.default_rng(seed).permutation(absmax)
         absmax = np.abs(absmax[: len(absmax) // 32 * 32])
         blocks = np.repeat(absmax[:, None], 32, 1) * np.linspace(-1, 1, 32, dtype=F32)
         check(blocks.reshape(-1, 32 * 8), format, 32)
@@ -178,7 +180,7 @@ def test_values_beyond_the_range_of_a_float_format_are_refused_alike() -> None:
     values[18, 66] = 65520.0
     check(values, "bf16")
     for isa in SETS:
-        with pytest.raises(QllmValueError, match=r"w: the value 65520 at row 18, column 66 is beyond"):
+        with pytest.raises(QllmValueError, match="w: the value 65520 at row 18, column 66 is bey"):
             _core.pack_source(values, "f16", name="w", isa=isa)
     values[18, 66] = 65519.0
     check(values, "f16")
@@ -231,8 +233,8 @@ def test_quantize_uses_the_set_that_is_asked_for() -> None:
 
 def test_a_pass_keeps_nothing_and_takes_what_quantize_takes() -> None:
     array = normal((40, 300))
-    for format in (*FOUR_BIT, "int8"):
+    for format in FORMATS:
         for threads in (1, 2):
             assert _core.quantize_pass(array, format, threads=threads) is None
-    with pytest.raises(QllmValueError, match="bf16 has no scales"):
-        _core.quantize_pass(array, "bf16")
+    with pytest.raises(QllmValueError, match="a pass: blocksize 48"):
+        _core.quantize_pass(array, "nf4", 48)

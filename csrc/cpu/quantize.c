@@ -172,6 +172,16 @@ static void quantize_rows(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+static void look_at_rows(void *context, int64_t begin, int64_t end, int thread)
+{
+    quantize_job *job = context;
+    int64_t cols = job->source->cols;
+    (void)thread;
+    if (!job->ops->all_finite(element(job->source, begin * cols), job->source->dtype,
+                              (end - begin) * cols))
+        atomic_store(&job->nonfinite, true);
+}
+
 qllm_status qllm_cpu_quantize(const qllm_packer *packer, const qllm_tensor *source,
                               qllm_format format, int64_t blocksize, bool allow_nonfinite,
                               const char *name, qllm_qweight *weight, qllm_error *error)
@@ -204,9 +214,6 @@ qllm_status qllm_cpu_quantize_pass(const qllm_packer *packer, const qllm_tensor 
     quantize_job job = {.ops = packer->ops, .source = source, .weight = &weight};
     qllm_status status = qllm_qweight_describe(&weight, format, source->rows, source->cols,
                                                blocksize, "a pass", error);
-    if (status == QLLM_OK && qllm_format_is_float(format))
-        status = qllm_fail(error, QLLM_VALUE, "a pass: format %s has no scales to find",
-                           qllm_format_name(format));
     job.scratch_bytes = (PIECE + source->cols + 127) / 64 * 64;
     if (status == QLLM_OK)
         status = qllm_alloc(&memory, qllm_packer_threads(packer), job.scratch_bytes,
@@ -214,7 +221,9 @@ qllm_status qllm_cpu_quantize_pass(const qllm_packer *packer, const qllm_tensor 
     if (status != QLLM_OK)
         return status;
     job.scratch = memory;
-    if (format == QLLM_FORMAT_INT8)
+    if (qllm_format_is_float(format))
+        run(packer, source->rows, look_at_rows, &job);
+    else if (format == QLLM_FORMAT_INT8)
         run(packer, source->rows, quantize_rows, &job);
     else {
         prepare_4bit(&job);

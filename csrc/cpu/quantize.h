@@ -9,8 +9,8 @@ qllm_status qllm_cpu_quantize(const qllm_packer *packer, const qllm_tensor *sour
                               qllm_format format, int64_t blocksize, bool allow_nonfinite,
                               const char *name, qllm_qweight *weight, qllm_error *error);
 
-/* Quantizes `source` to a format with scales and keeps nothing: into small buffers, one for each
- * thread, which show what reading and quantizing cost by themselves. */
+/* Quantizes `source` and keeps nothing: into small buffers, one for each thread.  For the float
+ * formats it only looks for NaN and infinity.  What reading and quantizing cost by themselves. */
 qllm_status qllm_cpu_quantize_pass(const qllm_packer *packer, const qllm_tensor *source,
                                    qllm_format format, int64_t blocksize, qllm_error *error);
 
