@@ -14,6 +14,11 @@ const qllm_limits *qllm_limits_get(qllm_isa isa)
         return &qllm_limits_avx512;
     if (isa == QLLM_ISA_AVX2)
         return &qllm_limits_avx2;
+#elif defined(__aarch64__)
+    if (isa == QLLM_ISA_NEONDOT)
+        return &qllm_limits_neondot;
+    if (isa == QLLM_ISA_NEON)
+        return &qllm_limits_neon;
 #else
     (void)isa; /* the compiler's own vectors */
 #endif

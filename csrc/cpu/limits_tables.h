@@ -5,5 +5,6 @@
 #include "cpu/limits.h"
 
 extern const qllm_limits qllm_limits_scalar, qllm_limits_avx2, qllm_limits_avx512;
+extern const qllm_limits qllm_limits_neon, qllm_limits_neondot;
 
 #endif
