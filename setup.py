@@ -15,11 +15,14 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
+          "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 # A file's name ends in the instruction set it may use; the choice among them is made at run time.
 X86 = {
     "_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
-                  "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "_avx512.c": AVX512,
+    "_avx512vbmi.c": [*AVX512, "-mavx512vbmi"],
+    "_avx512bf16.c": [*AVX512, "-mavx512vbmi", "-mavx512bf16"],
 }
 # gcc's first scheduling pass moves loads and table look-ups so far ahead on Arm that the sums of a
 # kernel no longer fit into the registers; clang has no such pass, and says so.

@@ -56,6 +56,7 @@ class QuantizedTensor:
         threads: int | None = None,
         int8_threshold: float = 6.0,
         int8_outliers: str = "row",
+        compute: str = "exact",
     ) -> NDArray[np.float32]:
         """y = x W^T + bias by the CPU kernels: the bits of matmul_reference; see `linear`. The
         first call packs the weight and keeps that form beside the standard one."""
@@ -66,9 +67,10 @@ class QuantizedTensor:
         threshold: float = 6.0,
         *,
         batch_outliers: bool = False,
+        tier: str = "exact",
     ) -> NDArray[np.float32]:
         """y = x W^T + bias in the order of summation of csrc/core/linear_ref.h; x float32 (m, cols)
-        or (cols,)."""
+        or (cols,). tier: exact, int16 or int8 (4-bit weights), bf16 (bf16 weights)."""
     def __copy__(self) -> QuantizedTensor: ...
     def __deepcopy__(self, memo: Any, /) -> QuantizedTensor: ...
 
@@ -186,10 +188,13 @@ def linear(
     threads: int | None = None,
     int8_threshold: float = 6.0,
     int8_outliers: str = "row",
+    compute: str = "exact",
 ) -> NDArray[np.float32]:
     """y = x W^T + bias, (m, rows) for x float32 (m, cols), (rows,) for (cols,)."""
 
-def linear_name(weight: QuantizedTensor, m: int, *, isa: str | None = None) -> str:
+def linear_name(
+    weight: QuantizedTensor, m: int, *, isa: str | None = None, compute: str = "exact"
+) -> str:
     """Which kernel multiplies m rows by this weight."""
 
 # csrc/python/py_encode.c
@@ -264,6 +269,7 @@ class Decoder:
         isa: str | None = None,
         int8_threshold: float = 6.0,
         int8_outliers: Literal["row", "batch"] = "row",
+        compute: str = "exact",
     ) -> Decoder:
         """config: the fields of csrc/decoder/config.h, enums as strings ("serial", "parallel",
         "parallel2"; "rms", "layer"; "silu", "gelu", "gelu_tanh"; "rope", "alibi"), arrays as

@@ -255,8 +255,14 @@ def _eos(value: Any) -> tuple[int, ...] | None:
     return tuple(found)
 
 
+COMPUTES = ("exact", "auto", "int8")
+"""float32 activations; the fastest rounding of activations that is no coarser than bfloat16; int8
+activations for 4-bit weights, else as auto."""
+
+
 def check_compute(compute: Any) -> None:
-    """Accepts the compute modes that there are: "exact" (float32 activations) and "auto" (the
-    fastest whose rounding of activations is no coarser than bfloat16; today that is exact)."""
-    if not isinstance(compute, str) or compute not in ("exact", "auto"):
-        raise QllmUnsupportedError(f"compute is {quoted(compute)}; supported are exact and auto")
+    """Accepts the compute modes that there are (`COMPUTES`)."""
+    if not isinstance(compute, str) or compute not in COMPUTES:
+        raise QllmUnsupportedError(
+            f"compute is {quoted(compute)}; supported are exact, auto and int8"
+        )

@@ -87,8 +87,10 @@ class Model:
         `quantize_head` as in `quantize_`; or a `QuantConfig`, which holds all of these. None keeps
         the folder's formats, those of bitsandbytes included.
 
-        `compute` is "exact" (float32 activations) or "auto", the fastest mode whose rounding of
-        activations is no coarser than bfloat16: today that is exact too, and `info()` says so.
+        `compute` is "exact" (float32 activations), "auto", the fastest mode whose rounding of
+        activations is no coarser than bfloat16's (int16 by blocks for 4-bit weights, bfloat16 for
+        bfloat16 weights on processors that multiply it), or "int8", which rounds the activations of
+        4-bit weights to int8 by blocks; `info()` names the kernels.
         `threads` None and `isa` None (or a name from `qllm.cpu_info()["isas"]`) leave the choice to
         the machine. `int8_threshold` is the outlier threshold of LLM.int8() (None: the folder's,
         else 6), `int8_outliers` "row" or, as in bitsandbytes, "batch", by which a row's result
@@ -122,6 +124,7 @@ class Model:
                 isa=isa,
                 int8_threshold=_threshold(int8_threshold, checkpoint),
                 int8_outliers=int8_outliers,
+                compute=compute,
             )
             model = cls(checkpoint, architecture, decoder, os.fspath(name_or_folder))
             model._load(config)

@@ -227,13 +227,7 @@ class Reference:
 
 def isas() -> list[str]:
     """The instruction sets that this build and machine can run."""
-    found = []
-    for isa in ("scalar", "avx2", "avx512"):
-        try:
-            found.append(_core.Decoder(llama(), isa=isa, threads=1).info()["isa"])
-        except ValueError:  # not compiled, or not supported here
-            continue
-    return found
+    return _core.cpu_info()["isas"]
 
 
 def tokens(n: int, seed: int = 0, vocab: int = SIZES["vocab"]) -> np.ndarray:

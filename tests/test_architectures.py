@@ -246,7 +246,7 @@ def test_a_sharded_checkpoint_in_bfloat16_computes_like_transformers(
     assert (tmp_path / "model.safetensors.index.json").exists()
     rounded = load(tmp_path, dtype=torch.float32)
     ids = text_of(56)
-    model = qllm.Model.from_pretrained(tmp_path)
+    model = qllm.Model.from_pretrained(tmp_path, compute="exact")
     assert set(model.formats.values()) == {"bf16"}
     logits = models.one_pass(rounded, ids).numpy()
     assert relative(model.logits(ids), logits) < TOLERANCE

@@ -71,7 +71,9 @@ def x86_sets() -> list[str]:
     has = set(flags.split()).issuperset
     avx2 = has({"avx2", "fma", "f16c"})
     avx512 = avx2 and has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
-    return ["scalar"] + ["avx2"] * avx2 + ["avx512"] * avx512
+    vbmi, bf16 = avx512 and has({"avx512vbmi"}), avx512 and has({"avx512vbmi", "avx512_bf16"})
+    return (["scalar"] + ["avx2"] * avx2 + ["avx512"] * avx512 + ["avx512vbmi"] * vbmi
+            + ["avx512bf16"] * bf16)
 
 
 def arm_sets() -> list[str]:
@@ -86,7 +88,7 @@ def test_the_sets_are_those_that_the_kernel_reports() -> None:
     if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
         assert set(INFO["compiled"]) <= {"scalar", "neon", "neondot"}
     elif machine == "x86_64":
-        assert INFO["compiled"] == ["scalar", "avx2", "avx512"]
+        assert INFO["compiled"] == ["scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16"]
         assert SETS == x86_sets()
     else:
         assert INFO["compiled"] == ["scalar", "neon", "neondot"]

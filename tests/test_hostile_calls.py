@@ -159,7 +159,7 @@ def test_options_of_loading_are_one_sentence(
 
 
 def test_a_compute_mode_that_is_an_array(folder: Path) -> None:
-    refused(["compute is", "exact and auto"],
+    refused(["compute is", "exact, auto and int8"],
             lambda: qllm.Model.from_pretrained(folder, compute=np.array(["exact", "auto"])),
             qllm.QllmUnsupportedError)
 

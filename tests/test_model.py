@@ -37,6 +37,7 @@ def made(folder: Path, config: dict[str, Any], dtype: str = "bfloat16") -> Path:
 
 
 def load(folder: Path, *arguments: Any, **options: Any) -> qllm.Model:
+    options.setdefault("compute", "exact")
     return qllm.Model.from_pretrained(folder, *arguments, **options)
 
 
@@ -351,7 +352,7 @@ def test_info_says_what_runs(folder: Path) -> None:
     model = load(folder, "nf4", compute="auto", threads=1, isa="scalar")
     info = model.info()
     assert (info.architecture, info.layers, info.hidden, info.vocab) == ("llama", 2, 64, 131)
-    assert (info.device, info.compute, info.isa, info.threads) == ("cpu", "exact", "scalar", 1)
+    assert (info.device, info.compute, info.isa, info.threads) == ("cpu", "auto", "scalar", 1)
     assert info.parameters == sum(a.size for a in tiny_models.tensors(tiny_models.LLAMA).values())
     assert info.files == ("model.safetensors",)
     assert info.bytes["embedding"] == 144 * 64 * 2 + 64  # whole tiles, and a line behind them
@@ -455,8 +456,8 @@ def test_a_folder_that_changes_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"compute": "int8"}, qllm.QllmUnsupportedError, ["'int8'", "exact and auto"]),
-        ({"compute": None}, qllm.QllmUnsupportedError, ["exact and auto"]),
+        ({"compute": "fast"}, qllm.QllmUnsupportedError, ["'fast'", "exact, auto and int8"]),
+        ({"compute": None}, qllm.QllmUnsupportedError, ["exact, auto and int8"]),
         ({"device": "tpu"}, qllm.QllmError, ["tpu"]),
         ({"device": "cuda"}, qllm.QllmUnsupportedError, ["cuda"]),
         ({"isa": "sse9"}, qllm.QllmError, ["sse9"]),

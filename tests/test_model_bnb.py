@@ -79,7 +79,7 @@ def quantized_modules(model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("format", OPTIONS)
 def test_transformers_loads_what_qllm_saves(folder: Path, tmp_path: Path, format: str) -> None:
-    ours = qllm.Model.from_pretrained(folder, format, skip="*.0.self_attn.q_proj")
+    ours = qllm.Model.from_pretrained(folder, format, skip="*.0.self_attn.q_proj", compute="exact")
     ours.save(tmp_path / "saved")
     theirs = load_theirs(tmp_path / "saved")
     modules = quantized_modules(theirs)
@@ -107,7 +107,7 @@ def test_qllm_loads_what_transformers_saves(folder: Path, tmp_path: Path, format
     assert len(modules) == 14
     expected = {name: dequantized(module) for name, module in modules.items()}
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = qllm.Model.from_pretrained(tmp_path / "theirs")
+    ours = qllm.Model.from_pretrained(tmp_path / "theirs", compute="exact")
     assert ours.formats == {
         name: "bf16" if name == "lm_head" else format for name in ours.formats
     }
@@ -121,12 +121,12 @@ def test_qllm_loads_what_transformers_saves(folder: Path, tmp_path: Path, format
     with pytest.raises(qllm.QllmUnsupportedError, match=f"only as {format}"):
         ours.quantize_("bf16")
     ours.save(tmp_path / "ours")
-    again = qllm.Model.from_pretrained(tmp_path / "ours")
+    again = qllm.Model.from_pretrained(tmp_path / "ours", compute="exact")
     assert np.array_equal(again.logits(IDS), ours.logits(IDS))
 
 
 def test_a_mixture_of_4bit_formats_is_loaded_by_transformers(folder: Path, tmp_path: Path) -> None:
-    ours = qllm.Model.from_pretrained(folder)
+    ours = qllm.Model.from_pretrained(folder, compute="exact")
     ours.quantize_("nf4", include="*.mlp.*")
     ours.quantize_("fp4-dq", include="*.self_attn.*", blocksize=128)
     ours.save(tmp_path / "saved")

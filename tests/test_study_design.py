@@ -56,7 +56,7 @@ from qllm.study import ARMS, Arm, Design, Text, load, resolve, run
         ({"top_k": -1}, "top_k must be from 0"),
         ({"band": (0.8, 0.5)}, "band must be two rising temperatures"),
         ({"band": (0.5, 1.5)}, "must lie inside its surroundings"),
-        ({"compute": "fast"}, "compute must be exact or auto, not 'fast'"),
+        ({"compute": "fast"}, "compute must be exact, auto or int8, not 'fast'"),
         ({"confidence": 1.0}, "confidence must be from 0.5 to below 1"),
         ({"margins": {"speed": 1}}, "there is no margin 'speed'"),
         ({"margins": {"bytes": 0}}, "the margin bytes must be above 0"),

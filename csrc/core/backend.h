@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "core/compute.h"
 #include "core/quant.h"
 #include "core/qweight.h"
 
@@ -23,6 +24,7 @@ typedef struct qllm_sequence qllm_sequence; /* keys and values of one sequence, 
 typedef struct qllm_decoder_options {
     const char *variant;  /* of the kernels (a CPU: instruction set); NULL: the device's choice */
     int threads;          /* host threads; 0: the device's choice */
+    qllm_compute compute;
     float int8_threshold; /* outliers of LLM.int8(): |x| >= threshold; <= 0 switches them off */
     bool int8_batch;      /* bitsandbytes' per-batch form: a row then depends on the others */
 } qllm_decoder_options;
@@ -52,7 +54,7 @@ typedef struct qllm_decoder_bytes {
 typedef struct qllm_decoder_info {
     const char *variant; /* texts live as long as the decoder */
     const char *model;   /* of the processor */
-    const char *compute; /* "exact" */
+    const char *compute; /* "exact", "auto" or "int8" */
     int threads;
     float int8_threshold;
     bool int8_batch;

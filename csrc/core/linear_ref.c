@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/activation.h"
 #include "core/alloc.h"
 #include "core/checked.h"
 #include "core/codebook.h"
@@ -141,6 +142,102 @@ qllm_status qllm_linear_ref(const qllm_qweight *weight, const float *bias, const
     if (weight->format == QLLM_FORMAT_INT8)
         return linear_int8(weight, bias, x, m, threshold, y, error);
     return linear_float(weight, bias, x, m, y, error);
+}
+
+bool qllm_tier_fits(qllm_tier tier, const qllm_qweight *weight)
+{
+    switch (tier) {
+    case QLLM_TIER_INT16:
+    case QLLM_TIER_INT8:
+        return qllm_format_is_4bit(weight->format) && weight->cols % weight->blocksize == 0;
+    case QLLM_TIER_BF16: return weight->format == QLLM_FORMAT_BF16;
+    default: return true;
+    }
+}
+
+/* One output of the tiers int16 and int8: row r of W with the rounded row q and its scales. */
+static float integer_dot(const qllm_qweight *weight, const int16_t codes[16], int64_t r,
+                         const int16_t *q, const float *scales)
+{
+    int64_t cols = weight->cols, block = qllm_activation_block(weight->blocksize);
+    float y = 0.0f;
+    for (int64_t first = 0; first < cols; first += block) {
+        int32_t sum = 0;
+        for (int64_t k = first; k < first + block; k++) {
+            int64_t i = r * cols + k;
+            uint8_t byte = weight->data[i / 2];
+            sum += (int32_t)codes[i % 2 == 0 ? byte >> 4 : byte & 15] * q[k];
+        }
+        float absmax = block_absmax(weight, (r * cols + first) / weight->blocksize);
+        y = fmaf(absmax * scales[first / block], (float)sum, y);
+    }
+    return y;
+}
+
+static qllm_status linear_integer(const qllm_qweight *weight, bool wide, const float *bias,
+                                  const float *x, int64_t m, float *y, qllm_error *error)
+{
+    int64_t cols = weight->cols, block = qllm_activation_block(weight->blocksize);
+    int16_t codes[16];
+    void *q = NULL, *scales = NULL;
+    float unit = qllm_integer_codes(weight->code,
+                                    wide ? QLLM_INT16_CODE_LIMIT : QLLM_INT8_CODE_LIMIT, codes);
+    qllm_status status = qllm_alloc(&q, cols, sizeof(int16_t), "a rounded row", error);
+    if (status == QLLM_OK)
+        status = qllm_alloc(&scales, cols / block, sizeof(float), "the scales of a row", error);
+    for (int64_t i = 0; status == QLLM_OK && i < m; i++) {
+        for (int64_t first = 0; first < cols; first += block)
+            ((float *)scales)[first / block] = qllm_block_activation(
+                x + i * cols + first, block, wide ? QLLM_INT16_LIMIT : QLLM_INT8_LIMIT,
+                (int16_t *)q + first);
+        for (int64_t r = 0; r < weight->rows; r++) {
+            float value = integer_dot(weight, codes, r, q, scales) * unit;
+            y[i * weight->rows + r] = bias != NULL ? value + bias[r] : value;
+        }
+    }
+    qllm_free(q);
+    qllm_free(scales);
+    return status;
+}
+
+static float bf16_dot(const uint16_t *w, const float *x, int64_t cols)
+{
+    float y = 0.0f;
+    for (int64_t first = 0; first < cols; first += QLLM_GROUP) {
+        int64_t end = cols - first < QLLM_GROUP ? cols : first + QLLM_GROUP;
+        float p = 0.0f;
+        for (int64_t k = first; k < end; k += 2) {
+            bool pair = k + 1 < cols;
+            p = qllm_bf16_dot(p, w[k], pair ? w[k + 1] : 0, qllm_bf16_activation(x[k]),
+                              pair ? qllm_bf16_activation(x[k + 1]) : 0);
+        }
+        y += p;
+    }
+    return y;
+}
+
+static void linear_bf16(const qllm_qweight *weight, const float *bias, const float *x, int64_t m,
+                        float *y)
+{
+    const uint16_t *w = (const uint16_t *)(const void *)weight->data;
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0; r < weight->rows; r++) {
+            float value = bf16_dot(w + r * weight->cols, x + i * weight->cols, weight->cols);
+            y[i * weight->rows + r] = bias != NULL ? value + bias[r] : value;
+        }
+}
+
+qllm_status qllm_linear_tier_ref(const qllm_qweight *weight, qllm_tier tier, const float *bias,
+                                 const float *x, int64_t m, float *y, qllm_error *error)
+{
+    if (tier == QLLM_TIER_EXACT || !qllm_tier_fits(tier, weight))
+        return qllm_fail(error, QLLM_UNSUPPORTED, "tier %s is not defined for a weight of format "
+                         "%s, %" PRId64 " columns and blocksize %" PRId64, qllm_tier_name(tier),
+                         qllm_format_name(weight->format), weight->cols, weight->blocksize);
+    if (tier != QLLM_TIER_BF16)
+        return linear_integer(weight, tier == QLLM_TIER_INT16, bias, x, m, y, error);
+    linear_bf16(weight, bias, x, m, y);
+    return QLLM_OK;
 }
 
 /* Marks in `used` (cols) the columns that are outliers in any row. */

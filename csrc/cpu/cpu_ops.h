@@ -9,6 +9,7 @@
 
 #include <stdint.h>
 
+#include "core/activation.h"
 #include "cpu/features.h"
 #include "cpu/packed.h"
 
@@ -50,15 +51,21 @@ static inline int64_t qllm_attention_scratch(int64_t positions, int64_t heads)
     return rows * ((positions + 2 * QLLM_KV_PANEL + 15) / 16 * 16);
 }
 
-/* The input of a linear layer: x (m, cols) float32, row r at x + r * stride; for int8 weights also
- * the rows of qllm_int8_activation. */
+/* The input of a linear layer: x (m, cols) float32, row r at x + r * stride, and its rounded form
+ * `q`, row r at q + r * q_stride bytes:
+ *   tier exact, int8 weights    int8, cols padded with zeros to 64: qllm_int8_activation
+ *   tiers int16 and int8        int16 or int8 by blocks, in the order that the set's kernels take
+ *   tier bf16                   bf16, cols padded with zeros to 32 */
 typedef struct qllm_rows {
     const float *x;
     int64_t m, cols, stride;
-    const int8_t *q;               /* (m, cols padded to 64, zeros behind) or NULL */
-    const float *scale;            /* (m) */
-    const int32_t *outliers;       /* row r: outliers[r * cols .. + n_outliers[r]], ascending */
-    const int64_t *n_outliers;     /* (m) */
+    qllm_tier tier;
+    const void *q;             /* NULL where the kernel takes x itself */
+    int64_t q_stride;
+    const float *scale;        /* (m), or (m, blocks) in the tiers int16 and int8 */
+    const int32_t *block_sums; /* (m, blocks) sums of the q of a block; tier int8 */
+    const int32_t *outliers;   /* row r: outliers[r * cols .. + n_outliers[r]], ascending */
+    const int64_t *n_outliers; /* (m) */
 } qllm_rows;
 
 typedef struct qllm_cpu_ops {
@@ -68,11 +75,19 @@ typedef struct qllm_cpu_ops {
      * the sums of core/linear_ref.h.  bias (rows) or NULL. */
     void (*linear)(const qllm_packed *weight, const float *bias, const qllm_rows *rows,
                    int64_t tile_begin, int64_t tile_end, float *y, int64_t y_stride);
-    /* What `linear` runs for a weight and m rows: "nf4 avx512, fused, 1-4 rows". Static text. */
-    const char *(*linear_name)(const qllm_packed *weight, int64_t m);
+    /* What `linear` runs for a weight, a tier and m rows: "nf4 avx512, fused, 1-4 rows". Static. */
+    const char *(*linear_name)(const qllm_packed *weight, qllm_tier tier, int64_t m);
     /* As qllm_int8_activation of core/quant.h; writes zeros behind cols up to a multiple of 64. */
     void (*int8_activation)(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
                             int32_t *outliers, int64_t *n_outliers);
+    /* A row in the form of tier int16 or int8: qllm_block_activation for each `block` values (a
+     * multiple of 16 that divides cols).  q in the set's own order; scale and sums (cols / block),
+     * sums only in tier int8. */
+    void (*block_activation)(qllm_tier tier, const float *x, int64_t cols, int64_t block, void *q,
+                             float *scale, int32_t *sums);
+    /* qllm_bf16_activation of a row, zeros behind up to a multiple of 32.  NULL: the set gains
+     * nothing by tier bf16 and does not offer it. */
+    void (*bf16_activation)(const float *x, int64_t cols, uint16_t *q);
 
     /* y = w * (x * (1 / sqrt(lane sum of x * x / n + eps))); y may be x */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *y);

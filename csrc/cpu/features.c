@@ -129,8 +129,9 @@ const qllm_cpu_features *qllm_cpu_features_get(void)
     return &features;
 }
 
-static const char *const isa_names[QLLM_ISA_COUNT] = {"scalar", "avx2", "avx512", "neon",
-                                                      "neondot"};
+static const char *const isa_names[QLLM_ISA_COUNT] = {
+    "scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16", "neon", "neondot",
+};
 
 const char *qllm_isa_name(qllm_isa isa)
 {
@@ -143,7 +144,9 @@ bool qllm_isa_compiled(qllm_isa isa)
     case QLLM_ISA_SCALAR: return true;
 #if defined(__x86_64__)
     case QLLM_ISA_AVX2:
-    case QLLM_ISA_AVX512: return true;
+    case QLLM_ISA_AVX512:
+    case QLLM_ISA_AVX512_VBMI:
+    case QLLM_ISA_AVX512_BF16: return true;
 #elif defined(__aarch64__)
     case QLLM_ISA_NEON:
     case QLLM_ISA_NEONDOT: return true;
@@ -156,12 +159,14 @@ bool qllm_isa_supported(qllm_isa isa)
 {
     const qllm_cpu_features *f = &features;
     bool avx2 = f->avx2 && f->fma && f->f16c;
+    bool avx512 = avx2 && f->avx512f && f->avx512bw && f->avx512vl && f->avx512dq && f->avx512vnni;
     if (!qllm_isa_compiled(isa))
         return false;
     switch (isa) {
     case QLLM_ISA_AVX2: return avx2;
-    case QLLM_ISA_AVX512:
-        return avx2 && f->avx512f && f->avx512bw && f->avx512vl && f->avx512dq && f->avx512vnni;
+    case QLLM_ISA_AVX512: return avx512;
+    case QLLM_ISA_AVX512_VBMI: return avx512 && f->avx512vbmi;
+    case QLLM_ISA_AVX512_BF16: return avx512 && f->avx512vbmi && f->avx512bf16;
     case QLLM_ISA_NEON: return f->neon;
     case QLLM_ISA_NEONDOT: return f->neon && f->dotprod;
     default: return true;

@@ -11,9 +11,11 @@ typedef enum qllm_isa {
     QLLM_ISA_SCALAR = 0,
     QLLM_ISA_AVX2 = 1,   /* AVX2, FMA, F16C */
     QLLM_ISA_AVX512 = 2, /* AVX-512 F, BW, VL, DQ and VNNI, besides the above */
-    QLLM_ISA_NEON = 3,   /* Armv8-A, which has Advanced SIMD with fused multiply-add */
-    QLLM_ISA_NEONDOT = 4, /* the dot product extension of Armv8.2 besides */
-    QLLM_ISA_COUNT = 5
+    QLLM_ISA_AVX512_VBMI = 3, /* VBMI, besides the above */
+    QLLM_ISA_AVX512_BF16 = 4, /* BF16, besides the above */
+    QLLM_ISA_NEON = 5,   /* Armv8-A, which has Advanced SIMD with fused multiply-add */
+    QLLM_ISA_NEONDOT = 6, /* the dot product extension of Armv8.2 besides */
+    QLLM_ISA_COUNT = 7
 } qllm_isa;
 
 typedef struct qllm_cpu_features {

@@ -3,7 +3,9 @@
 #define QLLM_CPU_LANES_AVX2_H
 
 #include <immintrin.h>
+#include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "core/dtype.h"
 #include "core/elementary.h"
@@ -16,7 +18,9 @@ enum {
     LANES_FUSED_CHAINS = 1,
     LANES_BLOCK_ROWS = 6, /* 12 sums, 2 weights and one value of x in 16 registers */
     LANES_BLOCK_TILES = 1,
-    LANES_ATTENTION_SUMS = 4
+    LANES_ATTENTION_SUMS = 4,
+    LANES_INTEGER_ROWS = 2,
+    LANES_INTEGER_CHAINS = 1
 };
 
 typedef struct lanes { __m256 low, high; } lanes;
@@ -176,6 +180,22 @@ QLLM_INLINE void lanes_store_int8(int8_t *p, lanes a)
                      _mm_packs_epi16(nearest_int16(a.low), nearest_int16(a.high)));
 }
 
+/* of 8 columns: 1 3 5 7 0 2 4 6 */
+QLLM_INLINE void lanes_store_int16(int16_t *p, lanes a)
+{
+    const __m128i order = _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13);
+    __m128i *at = (__m128i *)(void *)p;
+    _mm_storeu_si128(at, _mm_shuffle_epi8(nearest_int16(a.low), order));
+    _mm_storeu_si128(at + 1, _mm_shuffle_epi8(nearest_int16(a.high), order));
+}
+
+QLLM_INLINE void lanes_store_quads(int8_t *p, lanes a)
+{
+    const __m128i order = _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14);
+    __m128i codes = _mm_packs_epi16(nearest_int16(a.low), nearest_int16(a.high));
+    _mm_storeu_si128((__m128i *)(void *)p, _mm_shuffle_epi8(codes, order));
+}
+
 QLLM_INLINE ilanes ilanes_load(const void *p)
 {
     const __m256i *at = p;
@@ -315,6 +335,88 @@ QLLM_INLINE __m256i dot_half(__m256i sum, __m256i w, __m256i x)
 QLLM_INLINE ilanes ilanes_dot(ilanes sum, ilanes line, ilanes_word x)
 {
     return (ilanes){dot_half(sum.low, line.low, x), dot_half(sum.high, line.high, x)};
+}
+
+typedef struct lanes_codes { __m256i low, high; } lanes_codes; /* bytes of the 16 codes */
+typedef struct code_vectors { ilanes v[4]; } code_vectors;
+
+QLLM_INLINE lanes_codes lanes_codes_load(const bool wide, const int16_t *codes)
+{
+    uint8_t low[16], high[16];
+    (void)wide;
+    for (int i = 0; i < 16; i++) {
+        low[i] = (uint8_t)codes[i];
+        high[i] = (uint8_t)((uint16_t)codes[i] >> 8);
+    }
+    return (lanes_codes){
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)low)),
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)high))};
+}
+
+/* Bytes of nibbles (4 a row) to two vectors of int16 pairs: vpshufb gives the low and the high
+ * bytes, the unpacks join them for 2 rows each, the shuffles part the pairs. */
+QLLM_INLINE void decode_pairs(lanes_codes codes, __m256i nibbles, __m256i *first, __m256i *second)
+{
+    __m256i low = _mm256_shuffle_epi8(codes.low, nibbles);
+    __m256i high = _mm256_shuffle_epi8(codes.high, nibbles);
+    __m256 upper = _mm256_castsi256_ps(_mm256_unpacklo_epi8(low, high));
+    __m256 lower = _mm256_castsi256_ps(_mm256_unpackhi_epi8(low, high));
+    *first = _mm256_castps_si256(_mm256_shuffle_ps(upper, lower, 0x88));
+    *second = _mm256_castps_si256(_mm256_shuffle_ps(upper, lower, 0xdd));
+}
+
+QLLM_INLINE void decode_half(const bool wide, lanes_codes codes, __m256i line, __m256i *out)
+{
+    __m256i mask = _mm256_set1_epi8(15), odd = _mm256_and_si256(line, mask);
+    __m256i even = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
+    if (wide) {
+        decode_pairs(codes, odd, &out[0], &out[1]);
+        decode_pairs(codes, even, &out[2], &out[3]);
+    } else {
+        out[0] = _mm256_shuffle_epi8(codes.low, odd);
+        out[1] = _mm256_shuffle_epi8(codes.low, even);
+    }
+}
+
+QLLM_INLINE code_vectors lanes_decode(const bool wide, lanes_codes codes, const uint8_t *at)
+{
+    code_vectors out;
+    __m256i low[4], high[4];
+    const int vectors = wide ? 4 : 2;
+    ilanes line = ilanes_load(at);
+    decode_half(wide, codes, line.low, low);
+    decode_half(wide, codes, line.high, high);
+    LANES_UNROLL
+    for (int j = 0; j < vectors; j++)
+        out.v[j] = (ilanes){low[j], high[j]};
+    return out;
+}
+
+QLLM_INLINE ilanes ilanes_codes_start(const bool wide, int32_t sum_of_x)
+{
+    (void)wide;
+    (void)sum_of_x;
+    return ilanes_set1(0);
+}
+
+QLLM_INLINE ilanes ilanes_dot_codes(const bool wide, ilanes sum, ilanes w, const void *x)
+{
+    int32_t dword;
+    memcpy(&dword, x, sizeof dword);
+    __m256i q = _mm256_set1_epi32(dword);
+    if (!wide)
+        return ilanes_dot(sum, w, q);
+    return (ilanes){_mm256_add_epi32(sum.low, _mm256_madd_epi16(w.low, q)),
+                    _mm256_add_epi32(sum.high, _mm256_madd_epi16(w.high, q))};
+}
+
+QLLM_INLINE void lanes_unit_values(const float *values, const uint8_t (*planes)[256], ilanes line,
+                                   lanes *out)
+{
+    (void)planes;
+    LANES_UNROLL
+    for (int b = 0; b < 4; b++)
+        out[b] = lanes_gather(values, ilanes_unit_codes(line, b));
 }
 
 QLLM_INLINE lanes lanes_int8_column(ilanes line, int b)

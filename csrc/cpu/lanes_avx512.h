@@ -1,22 +1,28 @@
-/* Sixteen float lanes in one 512-bit register: see lanes_scalar.h for what each function means. */
+/* Sixteen float lanes in one 512-bit register: see lanes_scalar.h for what each function means.
+ * Files that are compiled with VBMI look up tables of bytes with it. */
 #ifndef QLLM_CPU_LANES_AVX512_H
 #define QLLM_CPU_LANES_AVX512_H
 
 #include <immintrin.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "core/dtype.h"
 #include "core/elementary.h"
 #include "cpu/inline.h"
 
+#if !defined(LANES_ISA) /* the sets beyond name themselves */
 #define LANES_ISA "avx512"
+#endif
 #define LANES_UNROLL QLLM_UNROLL
 enum {
     LANES_FUSED_ROWS = 4,
     LANES_FUSED_CHAINS = 2,
     LANES_BLOCK_ROWS = 6, /* 24 sums, 4 weights and one value of x in 32 registers */
     LANES_BLOCK_TILES = 4,
-    LANES_ATTENTION_SUMS = 16
+    LANES_ATTENTION_SUMS = 16,
+    LANES_INTEGER_ROWS = 8,
+    LANES_INTEGER_CHAINS = 4
 };
 
 typedef __m512 lanes;
@@ -87,6 +93,25 @@ QLLM_INLINE void lanes_store_int8(int8_t *p, lanes a)
 {
     __m512i nearest = _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(nearest));
+}
+
+/* of 8 columns: 1 5 0 4 3 7 2 6 */
+QLLM_INLINE void lanes_store_int16(int16_t *p, lanes a)
+{
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13));
+    __m512i nearest = _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256((__m256i *)(void *)p,
+                        _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(nearest), order));
+}
+
+/* of 8 columns: 1 3 5 7 0 2 4 6 */
+QLLM_INLINE void lanes_store_quads(int8_t *p, lanes a)
+{
+    const __m128i order = _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14);
+    __m512i nearest = _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128((__m128i *)(void *)p,
+                     _mm_shuffle_epi8(_mm512_cvtepi32_epi8(nearest), order));
 }
 
 QLLM_INLINE ilanes ilanes_load(const void *p) { return _mm512_loadu_si512(p); }
@@ -174,6 +199,98 @@ QLLM_INLINE ilanes ilanes_dot(ilanes sum, ilanes line, ilanes_word x)
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(line));
     return sum;
 }
+
+typedef __m512i lanes_codes;
+typedef struct code_vectors { ilanes v[4]; } code_vectors;
+
+/* Wide: the 16 codes twice, since vpermw reads five bits of an index.  Else bytes + 128, the
+ * unsigned side of vpdpbusd, in every quarter. */
+QLLM_INLINE lanes_codes lanes_codes_load(const bool wide, const int16_t *codes)
+{
+    __m256i words = _mm256_loadu_si256((const __m256i *)(const void *)codes);
+    if (wide)
+        return _mm512_broadcast_i64x4(words);
+    words = _mm256_add_epi16(words, _mm256_set1_epi16(128));
+    return _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(words));
+}
+
+/* vpermw and vpermb ignore the bits above those they need, so that nothing is masked.  The empty
+ * asm keeps gcc from loading the line again for each shift. */
+QLLM_INLINE code_vectors lanes_decode(const bool wide, lanes_codes codes, const uint8_t *at)
+{
+    code_vectors out;
+    __m512i line = _mm512_loadu_si512(at);
+    __asm__("" : "+v"(line));
+    __m512i upper = _mm512_srli_epi16(line, 4);
+    if (wide) {
+        out.v[0] = _mm512_permutexvar_epi16(line, codes);
+        out.v[1] = _mm512_permutexvar_epi16(upper, codes);
+        out.v[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), codes);
+        out.v[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), codes);
+        return out;
+    }
+#if defined(__AVX512VBMI__)
+    out.v[0] = _mm512_permutexvar_epi8(line, codes);
+    out.v[1] = _mm512_permutexvar_epi8(upper, codes);
+#else
+    __m512i mask = _mm512_set1_epi8(15);
+    out.v[0] = _mm512_shuffle_epi8(codes, _mm512_and_si512(line, mask));
+    out.v[1] = _mm512_shuffle_epi8(codes, _mm512_and_si512(upper, mask));
+#endif
+    return out;
+}
+
+QLLM_INLINE ilanes ilanes_codes_start(const bool wide, int32_t sum_of_x)
+{
+    return wide ? _mm512_setzero_si512() : _mm512_set1_epi32(-128 * sum_of_x);
+}
+
+/* x is broadcast by the instruction itself. */
+QLLM_INLINE ilanes ilanes_dot_codes(const bool wide, ilanes sum, ilanes w, const void *x)
+{
+    const int32_t *q = x;
+    if (wide)
+        __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*q));
+    else
+        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*q));
+    return sum;
+}
+
+#if defined(__AVX512VBMI__)
+/* 64 bytes of one plane of the table of 256. */
+QLLM_INLINE __m512i lookup_plane(const uint8_t *plane, __m512i index)
+{
+    __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(plane), index,
+                                           _mm512_loadu_si512(plane + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(plane + 128), index,
+                                            _mm512_loadu_si512(plane + 192));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+}
+
+/* The order of the codes in their line makes two unpacks of the planes give rows in order. */
+QLLM_INLINE void lanes_unit_values(const float *values, const uint8_t (*planes)[256], ilanes line,
+                                   lanes *out)
+{
+    (void)values;
+    __m512i p0 = lookup_plane(planes[0], line), p1 = lookup_plane(planes[1], line);
+    __m512i p2 = lookup_plane(planes[2], line), p3 = lookup_plane(planes[3], line);
+    __m512i a = _mm512_unpacklo_epi8(p0, p1), b = _mm512_unpackhi_epi8(p0, p1);
+    __m512i c = _mm512_unpacklo_epi8(p2, p3), d = _mm512_unpackhi_epi8(p2, p3);
+    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, c));
+    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, c));
+    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(b, d));
+    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(b, d));
+}
+#else
+QLLM_INLINE void lanes_unit_values(const float *values, const uint8_t (*planes)[256], ilanes line,
+                                   lanes *out)
+{
+    (void)planes;
+    LANES_UNROLL
+    for (int b = 0; b < 4; b++)
+        out[b] = lanes_gather(values, ilanes_unit_codes(line, b));
+}
+#endif
 
 QLLM_INLINE lanes lanes_int8_column(ilanes line, int b)
 {

@@ -5,7 +5,9 @@
 #define QLLM_CPU_LANES_NEON_H
 
 #include <arm_neon.h>
+#include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "core/dtype.h"
 #include "core/elementary.h"
@@ -22,7 +24,9 @@ enum {
     LANES_FUSED_CHAINS = 1,
     LANES_BLOCK_ROWS = 6, /* 24 sums, 4 of weights and one value of x in 32 registers */
     LANES_BLOCK_TILES = 1,
-    LANES_ATTENTION_SUMS = 4
+    LANES_ATTENTION_SUMS = 4,
+    LANES_INTEGER_ROWS = 2,
+    LANES_INTEGER_CHAINS = 1
 };
 
 /* a: lanes 0 .. 3, b: 4 .. 7, c: 8 .. 11, d: 12 .. 15 */
@@ -216,6 +220,27 @@ QLLM_INLINE void lanes_store_int8(int8_t *p, lanes x)
                             vqmovn_s16(nearest_int16(x.c, x.d))));
 }
 
+/* of 8 columns: 1 3 5 7 0 2 4 6 */
+QLLM_INLINE void store_half_int16(int16_t *p, int16x8_t x)
+{
+    vst1_s16(p, vget_low_s16(vuzp2q_s16(x, x)));
+    vst1_s16(p + 4, vget_low_s16(vuzp1q_s16(x, x)));
+}
+
+QLLM_INLINE void lanes_store_int16(int16_t *p, lanes x)
+{
+    store_half_int16(p, nearest_int16(x.a, x.b));
+    store_half_int16(p + 8, nearest_int16(x.c, x.d));
+}
+
+QLLM_INLINE void lanes_store_quads(int8_t *p, lanes x)
+{
+    static const uint8_t order[16] = {1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14};
+    int8x16_t codes = vcombine_s8(vqmovn_s16(nearest_int16(x.a, x.b)),
+                                  vqmovn_s16(nearest_int16(x.c, x.d)));
+    vst1q_s8(p, vqtbl1q_s8(codes, vld1q_u8(order)));
+}
+
 QLLM_INLINE ilanes ilanes_load(const void *p)
 {
     const uint8_t *at = p; /* bytes: any alignment */
@@ -394,6 +419,91 @@ QLLM_INLINE ilanes ilanes_dot(ilanes sum, ilanes line, ilanes_word x)
 {
     return (ilanes){dot_quarter(sum.a, line.a, x), dot_quarter(sum.b, line.b, x),
                     dot_quarter(sum.c, line.c, x), dot_quarter(sum.d, line.d, x)};
+}
+
+typedef struct lanes_codes { uint8x16_t low, high; } lanes_codes; /* bytes of the 16 codes */
+typedef struct code_vectors { ilanes v[4]; } code_vectors;
+
+QLLM_INLINE lanes_codes lanes_codes_load(const bool wide, const int16_t *codes)
+{
+    uint8x16x2_t bytes = vld2q_u8((const uint8_t *)codes);
+    (void)wide;
+    return (lanes_codes){bytes.val[0], bytes.val[1]};
+}
+
+/* Bytes of nibbles (4 rows of 4) to two vectors of int16 pairs. */
+QLLM_INLINE void decode_pairs(lanes_codes codes, uint8x16_t nibbles, uint32x4_t *first,
+                              uint32x4_t *second)
+{
+    uint8x16_t low = vqtbl1q_u8(codes.low, nibbles), high = vqtbl1q_u8(codes.high, nibbles);
+    uint32x4_t upper = vreinterpretq_u32_u8(vzip1q_u8(low, high));
+    uint32x4_t lower = vreinterpretq_u32_u8(vzip2q_u8(low, high));
+    *first = vuzp1q_u32(upper, lower);
+    *second = vuzp2q_u32(upper, lower);
+}
+
+QLLM_INLINE void decode_quarter(const bool wide, lanes_codes codes, uint32x4_t line,
+                                uint32x4_t *out)
+{
+    uint8x16_t bytes = vreinterpretq_u8_u32(line);
+    uint8x16_t odd = vandq_u8(bytes, vdupq_n_u8(15)), even = vshrq_n_u8(bytes, 4);
+    if (wide) {
+        decode_pairs(codes, odd, &out[0], &out[1]);
+        decode_pairs(codes, even, &out[2], &out[3]);
+    } else {
+        out[0] = vreinterpretq_u32_u8(vqtbl1q_u8(codes.low, odd));
+        out[1] = vreinterpretq_u32_u8(vqtbl1q_u8(codes.low, even));
+    }
+}
+
+QLLM_INLINE code_vectors lanes_decode(const bool wide, lanes_codes codes, const uint8_t *at)
+{
+    code_vectors out;
+    uint32x4_t a[4], b[4], c[4], d[4];
+    const int vectors = wide ? 4 : 2;
+    ilanes line = ilanes_load(at);
+    decode_quarter(wide, codes, line.a, a);
+    decode_quarter(wide, codes, line.b, b);
+    decode_quarter(wide, codes, line.c, c);
+    decode_quarter(wide, codes, line.d, d);
+    LANES_UNROLL
+    for (int j = 0; j < vectors; j++)
+        out.v[j] = (ilanes){a[j], b[j], c[j], d[j]};
+    return out;
+}
+
+QLLM_INLINE ilanes ilanes_codes_start(const bool wide, int32_t sum_of_x)
+{
+    (void)wide;
+    (void)sum_of_x;
+    return ilanes_set1(0);
+}
+
+QLLM_INLINE uint32x4_t pairs_quarter(uint32x4_t sum, uint32x4_t w, int16x8_t x)
+{
+    int16x8_t pairs = vreinterpretq_s16_u32(w);
+    int32x4_t low = vmull_s16(vget_low_s16(pairs), vget_low_s16(x));
+    return vaddq_u32(sum, ilanes_unsigned(vpaddq_s32(low, vmull_high_s16(pairs, x))));
+}
+
+QLLM_INLINE ilanes ilanes_dot_codes(const bool wide, ilanes sum, ilanes w, const void *x)
+{
+    int32_t dword;
+    memcpy(&dword, x, sizeof dword);
+    if (!wide)
+        return ilanes_dot(sum, w, ilanes_dot_word(dword));
+    int16x8_t q = vreinterpretq_s16_s32(vdupq_n_s32(dword));
+    return (ilanes){pairs_quarter(sum.a, w.a, q), pairs_quarter(sum.b, w.b, q),
+                    pairs_quarter(sum.c, w.c, q), pairs_quarter(sum.d, w.d, q)};
+}
+
+QLLM_INLINE void lanes_unit_values(const float *values, const uint8_t (*planes)[256], ilanes line,
+                                   lanes *out)
+{
+    (void)planes;
+    LANES_UNROLL
+    for (int b = 0; b < 4; b++)
+        out[b] = lanes_gather(values, ilanes_unit_codes(line, b));
 }
 
 QLLM_INLINE float32x4_t int8_quarter(uint32x4_t line, int b)

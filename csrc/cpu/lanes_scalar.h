@@ -5,6 +5,7 @@
 #define QLLM_CPU_LANES_SCALAR_H
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -19,7 +20,9 @@ enum {
     LANES_FUSED_CHAINS = 1, /* groups summed side by side for one row */
     LANES_BLOCK_ROWS = 1,  /* register block of the kernel for many rows: rows of x ... */
     LANES_BLOCK_TILES = 1, /* ... by tiles of W */
-    LANES_ATTENTION_SUMS = 4 /* of attention side by side: heads by vectors */
+    LANES_ATTENTION_SUMS = 4, /* of attention side by side: heads by vectors */
+    LANES_INTEGER_ROWS = 1, /* rows of x in one pass of the integer kernel: 1, 2, 4 or 8 */
+    LANES_INTEGER_CHAINS = 1 /* sums side by side for one row there: 1, 2 or 4 */
 };
 
 typedef struct lanes { float v[16]; } lanes;
@@ -178,6 +181,16 @@ QLLM_INLINE void lanes_store_int8(int8_t *p, lanes a)
     }
 }
 
+/* The same as int16, lanes outside -32767 .. 32767 unspecified, and as int8; in the order in which
+ * lanes_decode gives the codes of 8 columns: here as they come. */
+QLLM_INLINE void lanes_store_int16(int16_t *p, lanes a)
+{
+    for (int i = 0; i < 16; i++)
+        p[i] = (int16_t)((a.v[i] + QLLM_EXP_ROUND) - QLLM_EXP_ROUND);
+}
+
+QLLM_INLINE void lanes_store_quads(int8_t *p, lanes a) { lanes_store_int8(p, a); }
+
 QLLM_INLINE ilanes ilanes_load(const void *p)
 {
     ilanes out;
@@ -323,6 +336,63 @@ QLLM_INLINE ilanes ilanes_dot(ilanes sum, ilanes line, ilanes_word x)
             sum.v[i] += (uint32_t)(w * q);
         }
     return sum;
+}
+
+/* 4-bit codes as integers.  A line of codes becomes 4 vectors of int16 pairs (`wide`) or 2 of int8
+ * quads, one dword a row; which columns these are is the order of lanes_store_int16 and
+ * lanes_store_quads.  ilanes_dot_codes adds their products with the dword at x, the same for every
+ * row; quads may need to start at a value that depends on the sum of x over the block. */
+typedef const int16_t *lanes_codes;
+typedef struct code_vectors { ilanes v[4]; } code_vectors;
+
+QLLM_INLINE lanes_codes lanes_codes_load(const bool wide, const int16_t *codes)
+{
+    (void)wide;
+    return codes;
+}
+
+QLLM_INLINE code_vectors lanes_decode(const bool wide, lanes_codes codes, const uint8_t *at)
+{
+    code_vectors out;
+    ilanes line = ilanes_load(at);
+    const int per = wide ? 2 : 4, bits = wide ? 16 : 8;
+    for (int j = 0; j < 8 / per; j++)
+        for (int i = 0; i < 16; i++) {
+            uint32_t dword = 0;
+            for (int c = 0; c < per; c++) {
+                int k = j * per + c, shift = 8 * (k / 2) + (k % 2 == 0 ? 4 : 0);
+                uint32_t value = (uint32_t)(int32_t)codes[(line.v[i] >> shift) & 15u];
+                dword |= (value & ((1u << bits) - 1u)) << (c * bits);
+            }
+            out.v[j].v[i] = dword;
+        }
+    return out;
+}
+
+QLLM_INLINE ilanes ilanes_codes_start(const bool wide, int32_t sum_of_x)
+{
+    (void)wide;
+    (void)sum_of_x;
+    return ilanes_set1(0);
+}
+
+QLLM_INLINE ilanes ilanes_dot_codes(const bool wide, ilanes sum, ilanes w, const void *x)
+{
+    uint32_t q;
+    memcpy(&q, x, sizeof q);
+    for (int i = 0; i < 16 && wide; i++)
+        sum.v[i] += (uint32_t)((int16_t)w.v[i] * (int16_t)q) +
+                    (uint32_t)((int16_t)(w.v[i] >> 16) * (int16_t)(q >> 16));
+    return wide ? sum : ilanes_dot(sum, w, (int32_t)q);
+}
+
+/* The absmax codes of a unit as values: out[b] of block b.  `planes` is byte p of value i. */
+QLLM_INLINE void lanes_unit_values(const float *values, const uint8_t (*planes)[256], ilanes line,
+                                   lanes *out)
+{
+    (void)planes;
+    for (int b = 0; b < 4; b++)
+        out[b] = lanes_gather(values, ilanes_unit_codes(line, b));
 }
 
 /* byte `b` of each dword, signed, as float */

@@ -3,22 +3,44 @@
 #include <string.h>
 
 #include "core/checked.h"
+#include "core/linear_ref.h"
 #include "cpu/packed_layout.h"
 
 enum {
-    SMALL_JOB = 1 << 16,  /* products; below, waking a thread costs more than it saves */
-    BLOCK_UNIT = 4,       /* tiles that stay together when many rows share decoded weights */
-    BLOCK_ROWS = 4        /* more rows than this do */
+    SMALL_JOB = 1 << 16, /* products; below, waking a thread costs more than it saves */
+    BLOCK_UNIT = 4,      /* tiles that stay together when many rows share decoded weights */
+    BLOCK_ROWS = 4       /* more rows than this do */
 };
 
-/* The parts of the scratch memory, each on a line of its own. */
-typedef struct int8_rows {
-    int8_t *q;            /* (m, cols padded to 64) */
-    float *scale;         /* (m) */
+/* The rounded form of x, which parts of one job share. */
+typedef struct form {
+    qllm_tier tier;
+    bool int8_weights; /* tier exact: LLM.int8() */
+    int64_t block;     /* tiers int16 and int8 */
+} form;
+
+/* The parts of the scratch memory, each on a line of its own; in LLM.int8() all, in the other tiers
+ * less than that. */
+typedef struct rounded_rows {
+    void *q;              /* (m) rows of q_stride bytes */
+    int64_t q_stride;
+    float *scale;         /* (m) or (m, blocks) */
+    int32_t *block_sums;  /* (m, blocks) */
     int64_t *n_outliers;  /* (m) */
     int32_t *outliers;    /* (m, cols) */
     uint8_t *used;        /* (cols) per-batch form: columns that are outliers in any row */
-} int8_rows;
+} rounded_rows;
+
+qllm_tier qllm_cpu_linear_tier(const qllm_cpu_ops *ops, const qllm_packed *weight,
+                               qllm_compute compute)
+{
+    if (compute == QLLM_COMPUTE_EXACT)
+        return QLLM_TIER_EXACT;
+    if (weight->layout == QLLM_LAYOUT_BLOCKS)
+        return compute == QLLM_COMPUTE_INT8 ? QLLM_TIER_INT8 : QLLM_TIER_INT16;
+    bool bf16 = weight->layout == QLLM_LAYOUT_BF16 && ops->bf16_activation != NULL;
+    return bf16 ? QLLM_TIER_BF16 : QLLM_TIER_EXACT;
+}
 
 /* Advances *bytes by count * size, rounded up to a line; false when that does not fit. */
 static bool reserve(int64_t count, int64_t size, int64_t *bytes)
@@ -28,63 +50,87 @@ static bool reserve(int64_t count, int64_t size, int64_t *bytes)
            qllm_checked_round_up(part, QLLM_LINE, &part) && qllm_checked_add(*bytes, part, bytes);
 }
 
+/* LLM.int8() takes 5 bytes for an element of x; int16 takes 2 and two more numbers of 4 bytes for a
+ * block of at least 32. */
 int64_t qllm_cpu_linear_scratch(int64_t cols, int64_t m)
 {
     int64_t bytes = 0, padded, elements;
     if (qllm_checked_round_up(cols, QLLM_INT8_PAD, &padded) &&
         qllm_checked_mul(m, padded, &elements) && reserve(elements, 1, &bytes) &&
         reserve(m, sizeof(float), &bytes) && reserve(m, sizeof(int64_t), &bytes) &&
-        reserve(elements, sizeof(int32_t), &bytes) && reserve(cols, 1, &bytes))
+        reserve(elements, sizeof(int32_t), &bytes) && reserve(cols, 1, &bytes) &&
+        qllm_checked_add(bytes, 2 * QLLM_LINE, &bytes))
         return bytes;
     return -1;
 }
 
-static int8_rows divide_scratch(void *scratch, int64_t cols, int64_t m)
+static void *take(uint8_t *base, int64_t count, int64_t size, int64_t *at)
+{
+    void *out = base + *at;
+    reserve(count, size, at);
+    return out;
+}
+
+static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols, int64_t m)
 {
     int64_t padded = (cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD, at = 0;
-    uint8_t *base = scratch;
-    int8_rows rows;
-    rows.q = (int8_t *)base;
-    reserve(m * padded, 1, &at);
-    rows.scale = (float *)(void *)(base + at);
-    reserve(m, sizeof(float), &at);
-    rows.n_outliers = (int64_t *)(void *)(base + at);
-    reserve(m, sizeof(int64_t), &at);
-    rows.outliers = (int32_t *)(void *)(base + at);
-    reserve(m * padded, sizeof(int32_t), &at);
-    rows.used = base + at;
+    rounded_rows rows = {.q = NULL};
+    if (form->tier == QLLM_TIER_EXACT) {
+        rows.q_stride = padded;
+        rows.q = take(scratch, m * padded, 1, &at);
+        rows.scale = take(scratch, m, sizeof(float), &at);
+        rows.n_outliers = take(scratch, m, sizeof(int64_t), &at);
+        rows.outliers = take(scratch, m * padded, sizeof(int32_t), &at);
+        rows.used = take(scratch, cols, 1, &at);
+        return rows;
+    }
+    rows.q_stride = form->tier == QLLM_TIER_INT8 ? padded : 2 * padded;
+    rows.q = take(scratch, m, rows.q_stride, &at);
+    if (form->tier != QLLM_TIER_BF16) {
+        rows.scale = take(scratch, m * (cols / form->block), sizeof(float), &at);
+        rows.block_sums = take(scratch, m * (cols / form->block), sizeof(int32_t), &at);
+    }
     return rows;
 }
 
 /* Everything a thread needs. */
 typedef struct linear_job {
     const qllm_cpu_ops *ops;
-    const qllm_packed *weight;
-    const float *bias;
+    const qllm_linear_part *parts;
+    int n_parts;
+    int64_t part_units[QLLM_LINEAR_PARTS]; /* items of the split that each part has */
+    int64_t unit;                          /* tiles per item */
+    form form;
     qllm_rows rows;
-    int8_rows int8;
+    rounded_rows rounded;
     float threshold;
-    int64_t unit; /* tiles per item of the split */
-    float *y;
-    int64_t y_stride;
 } linear_job;
 
-static void quantize_rows(void *context, int64_t begin, int64_t end, int thread)
+static void round_rows(void *context, int64_t begin, int64_t end, int thread)
 {
-    linear_job *job = context;
+    const linear_job *job = context;
+    const rounded_rows *to = &job->rounded;
     int64_t cols = job->rows.cols;
-    int64_t padded = (cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
     (void)thread;
-    for (int64_t r = begin; r < end; r++)
-        job->ops->int8_activation(job->rows.x + r * job->rows.stride, cols, job->threshold,
-                                  job->int8.q + r * padded, &job->int8.scale[r],
-                                  job->int8.outliers + r * cols, &job->int8.n_outliers[r]);
+    for (int64_t r = begin; r < end; r++) {
+        const float *x = job->rows.x + r * job->rows.stride;
+        void *q = (uint8_t *)to->q + r * to->q_stride;
+        if (job->form.tier == QLLM_TIER_EXACT)
+            job->ops->int8_activation(x, cols, job->threshold, q, &to->scale[r],
+                                      to->outliers + r * cols, &to->n_outliers[r]);
+        else if (job->form.tier == QLLM_TIER_BF16)
+            job->ops->bf16_activation(x, cols, q);
+        else {
+            int64_t blocks = cols / job->form.block;
+            job->ops->block_activation(job->form.tier, x, cols, job->form.block, q,
+                                       to->scale + r * blocks, to->block_sums + r * blocks);
+        }
+    }
 }
 
 /* bitsandbytes' form: a column with an outlier in any row is one in every row. */
-static void share_outliers(const int8_rows *int8, int64_t m, int64_t cols)
+static void share_outliers(const rounded_rows *int8, int64_t m, int64_t cols)
 {
-    int64_t padded = (cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
     memset(int8->used, 0, (size_t)cols);
     for (int64_t r = 0; r < m; r++)
         for (int64_t j = 0; j < int8->n_outliers[r]; j++)
@@ -93,57 +139,114 @@ static void share_outliers(const int8_rows *int8, int64_t m, int64_t cols)
         int8->n_outliers[r] = 0;
         for (int64_t k = 0; k < cols; k++)
             if (int8->used[k]) {
-                int8->q[r * padded + k] = 0;
+                ((int8_t *)int8->q)[r * int8->q_stride + k] = 0;
                 int8->outliers[r * cols + int8->n_outliers[r]++] = (int32_t)k;
             }
     }
 }
 
+/* Items [begin, end) of all parts, one part behind the other. */
 static void multiply_tiles(void *context, int64_t begin, int64_t end, int thread)
 {
     const linear_job *job = context;
-    int64_t last = end * job->unit < job->weight->tiles ? end * job->unit : job->weight->tiles;
+    int64_t start = 0;
     (void)thread;
-    job->ops->linear(job->weight, job->bias, &job->rows, begin * job->unit, last, job->y,
-                     job->y_stride);
-}
-
-static bool is_small(int64_t rows, int64_t cols, int64_t m)
-{
-    int64_t weights, products;
-    return qllm_checked_mul(rows, cols, &weights) && qllm_checked_mul(weights, m, &products) &&
-           products < SMALL_JOB;
-}
-
-void qllm_cpu_linear(qllm_threads *threads, const qllm_cpu_ops *ops, const qllm_packed *weight,
-                     const float *bias, const float *x, int64_t m, int64_t x_stride,
-                     const qllm_linear_options *options, void *scratch, float *y, int64_t y_stride)
-{
-    int64_t cols = weight->cols, tiles = weight->tiles;
-    bool small = is_small(weight->rows, cols, m);
-    linear_job job = {.ops = ops, .weight = weight, .bias = bias, .y = y, .y_stride = y_stride,
-                      .threshold = options->int8_threshold, .unit = 1};
-    job.rows = (qllm_rows){.x = x, .m = m, .cols = cols, .stride = x_stride};
-    if (m <= 0 || tiles == 0)
-        return;
-    if (weight->layout == QLLM_LAYOUT_INT8) {
-        job.int8 = divide_scratch(scratch, cols, m);
-        if (small || m <= BLOCK_ROWS)
-            quantize_rows(&job, 0, m, 0);
-        else
-            qllm_threads_run(threads, m, quantize_rows, &job);
-        if (options->int8_batch && job.threshold > 0.0f)
-            share_outliers(&job.int8, m, cols);
-        job.rows.q = job.int8.q;
-        job.rows.scale = job.int8.scale;
-        job.rows.outliers = job.int8.outliers;
-        job.rows.n_outliers = job.int8.n_outliers;
+    for (int i = 0; i < job->n_parts; i++) {
+        const qllm_linear_part *part = &job->parts[i];
+        int64_t stop = start + job->part_units[i], tiles = part->weight->tiles;
+        int64_t from = begin > start ? begin : start, to = end < stop ? end : stop;
+        int64_t last = (to - start) * job->unit;
+        if (from < to)
+            job->ops->linear(part->weight, part->bias, &job->rows, (from - start) * job->unit,
+                             last < tiles ? last : tiles, part->y, part->y_stride);
+        start = stop;
     }
-    if (m > BLOCK_ROWS && tiles >= 2 * BLOCK_UNIT * qllm_threads_count(threads))
-        job.unit = BLOCK_UNIT;
-    int64_t units = (tiles + job.unit - 1) / job.unit;
-    if (small)
-        multiply_tiles(&job, 0, units, 0);
+}
+
+static form form_of(const qllm_cpu_ops *ops, const qllm_packed *weight, qllm_compute compute)
+{
+    form out = {.tier = qllm_cpu_linear_tier(ops, weight, compute),
+                .int8_weights = weight->layout == QLLM_LAYOUT_INT8};
+    if (out.tier == QLLM_TIER_INT16 || out.tier == QLLM_TIER_INT8)
+        out.block = qllm_activation_block(weight->blocksize);
+    return out;
+}
+
+static bool is_small(const qllm_linear_part *parts, int n_parts, int64_t m)
+{
+    int64_t all = 0, weights, products;
+    for (int i = 0; i < n_parts; i++)
+        if (!qllm_checked_mul(parts[i].weight->rows, parts[i].weight->cols, &weights) ||
+            !qllm_checked_mul(weights, m, &products) || !qllm_checked_add(all, products, &all))
+            return false;
+    return all < SMALL_JOB;
+}
+
+/* The rounded form of x, made by all threads where there are many rows. */
+static void make_form(linear_job *job, qllm_threads *threads, bool small, bool int8_batch,
+                      void *scratch)
+{
+    int64_t m = job->rows.m, cols = job->rows.cols;
+    job->rows.tier = job->form.tier;
+    if (job->form.tier == QLLM_TIER_EXACT && !job->form.int8_weights)
+        return;
+    job->rounded = divide_scratch(scratch, &job->form, cols, m);
+    if (small || m <= BLOCK_ROWS)
+        round_rows(job, 0, m, 0);
     else
-        qllm_threads_run(threads, units, multiply_tiles, &job);
+        qllm_threads_run(threads, m, round_rows, job);
+    if (job->form.int8_weights && int8_batch && job->threshold > 0.0f)
+        share_outliers(&job->rounded, m, cols);
+    job->rows.q = job->rounded.q;
+    job->rows.q_stride = job->rounded.q_stride;
+    job->rows.scale = job->rounded.scale;
+    job->rows.block_sums = job->rounded.block_sums;
+    job->rows.outliers = job->rounded.outliers;
+    job->rows.n_outliers = job->rounded.n_outliers;
+}
+
+/* Parts that take x in the same form. */
+static void multiply(linear_job *job, qllm_threads *threads, const qllm_linear_options *options,
+                     void *scratch)
+{
+    bool small = is_small(job->parts, job->n_parts, job->rows.m);
+    int64_t tiles = 0, units = 0;
+    make_form(job, threads, small, options->int8_batch, scratch);
+    for (int i = 0; i < job->n_parts; i++)
+        tiles += job->parts[i].weight->tiles;
+    if (job->rows.m > BLOCK_ROWS && tiles >= 2 * BLOCK_UNIT * qllm_threads_count(threads))
+        job->unit = BLOCK_UNIT;
+    for (int i = 0; i < job->n_parts; i++) {
+        job->part_units[i] = (job->parts[i].weight->tiles + job->unit - 1) / job->unit;
+        units += job->part_units[i];
+    }
+    if (small)
+        multiply_tiles(job, 0, units, 0);
+    else
+        qllm_threads_run(threads, units, multiply_tiles, job);
+}
+
+static bool same_form(const form *a, const form *b)
+{
+    return a->tier == b->tier && a->int8_weights == b->int8_weights && a->block == b->block;
+}
+
+void qllm_cpu_linear(qllm_threads *threads, const qllm_cpu_ops *ops, const qllm_linear_part *parts,
+                     int n_parts, const float *x, int64_t m, int64_t x_stride,
+                     const qllm_linear_options *options, void *scratch)
+{
+    for (int first = 0, next; m > 0 && first < n_parts; first = next) {
+        linear_job job = {.ops = ops, .parts = parts + first, .unit = 1,
+                          .form = form_of(ops, parts[first].weight, options->compute),
+                          .threshold = options->int8_threshold};
+        for (next = first + 1; next < n_parts; next++) {
+            form other = form_of(ops, parts[next].weight, options->compute);
+            if (!same_form(&other, &job.form))
+                break;
+        }
+        job.n_parts = next - first;
+        job.rows = (qllm_rows){.x = x, .m = m, .cols = parts[first].weight->cols,
+                               .stride = x_stride};
+        multiply(&job, threads, options, scratch);
+    }
 }

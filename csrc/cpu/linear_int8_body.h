@@ -45,7 +45,7 @@ QLLM_INLINE void int8_block(const int rows, const int tiles, const qllm_packed *
     ilanes sum[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
     const uint8_t *base = qllm_packed_tile(packed, tile);
     int64_t padded = (packed->cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
-    const int8_t *q = in->q + row * padded;
+    const int8_t *q = (const int8_t *)in->q + row * in->q_stride;
     LANES_UNROLL
     for (int r = 0; r < rows; r++)
         LANES_UNROLL
@@ -58,7 +58,7 @@ QLLM_INLINE void int8_block(const int rows, const int tiles, const qllm_packed *
             w[t] = ilanes_load(base + t * packed->tile_bytes + k / 4 * QLLM_LINE);
         LANES_UNROLL
         for (int r = 0; r < rows; r++) {
-            ilanes_word x = ilanes_dot_word(four_codes(q + r * padded + k));
+            ilanes_word x = ilanes_dot_word(four_codes(q + r * in->q_stride + k));
             LANES_UNROLL
             for (int t = 0; t < tiles; t++)
                 sum[r][t] = ilanes_dot(sum[r][t], w[t], x);
@@ -78,7 +78,7 @@ QLLM_INLINE void int8_single(const qllm_packed *packed, const float *bias, const
     ilanes sum[INT8_CHAINS];
     const uint8_t *base = qllm_packed_tile(packed, tile);
     int64_t padded = (packed->cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
-    const int8_t *q = in->q + row * padded;
+    const int8_t *q = (const int8_t *)in->q + row * in->q_stride;
     sum[0] = ilanes_dot_start(packed->row_sums + tile * QLLM_TILE_ROWS);
     LANES_UNROLL
     for (int c = 1; c < INT8_CHAINS; c++)
@@ -110,7 +110,7 @@ QLLM_INLINE void int8_tiles(const int tiles, const qllm_packed *packed, const fl
         int8_block(1, tiles, packed, bias, in, tile, row, y, y_stride);
 }
 
-QLLM_INLINE void linear_int8(const qllm_packed *packed, const float *bias, const qllm_rows *in,
+static void linear_int8(const qllm_packed *packed, const float *bias, const qllm_rows *in,
                              int64_t begin, int64_t end, float *y, int64_t y_stride)
 {
     int64_t tile = begin;

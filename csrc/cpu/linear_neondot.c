@@ -9,7 +9,7 @@ void qllm_linear_neondot(const qllm_packed *weight, const float *bias, const qll
     linear_any(weight, bias, rows, tile_begin, tile_end, y, y_stride);
 }
 
-const char *qllm_linear_name_neondot(const qllm_packed *weight, int64_t m)
+const char *qllm_linear_name_neondot(const qllm_packed *weight, qllm_tier tier, int64_t m)
 {
-    return linear_any_name(weight, m);
+    return linear_any_name(weight, tier, m);
 }

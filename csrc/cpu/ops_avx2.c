@@ -9,6 +9,7 @@ const qllm_cpu_ops qllm_cpu_ops_avx2 = {
     .linear = qllm_linear_avx2,
     .linear_name = qllm_linear_name_avx2,
     .int8_activation = int8_activation,
+    .block_activation = block_activation,
     .rms_norm = rms_norm,
     .layer_norm = layer_norm,
     .rope = rope,

@@ -209,4 +209,45 @@ static void int8_activation(const float *x, int64_t cols, float threshold, int8_
         q[outliers[j]] = 0;
 }
 
+/* One block of `block` values by tier; returns its scale. */
+QLLM_INLINE float round_block(const bool wide, const float *x, int64_t block, void *q)
+{
+    const float limit = wide ? QLLM_INT16_LIMIT : QLLM_INT8_LIMIT;
+    ilanes largest = ilanes_set1(0);
+    for (int64_t i = 0; i < block; i += 16)
+        largest = ilanes_max(largest, lanes_bits(lanes_abs(lanes_load(x + i))));
+    float absmax = qllm_float_from_bits((uint32_t)ilanes_max_all(largest));
+    float factor = limit / absmax;
+    if (!isfinite(absmax) || !isfinite(factor)) {
+        memset(q, 0, (size_t)block * (wide ? 2 : 1));
+        return isfinite(absmax) ? 0.0f : NAN;
+    }
+    for (int64_t i = 0; i < block; i += 16) {
+        lanes scaled = lanes_mul(lanes_load(x + i), lanes_set1(factor));
+        if (wide)
+            lanes_store_int16((int16_t *)q + i, scaled);
+        else
+            lanes_store_quads((int8_t *)q + i, scaled);
+    }
+    return absmax / limit;
+}
+
+static void block_activation(qllm_tier tier, const float *x, int64_t cols, int64_t block, void *q,
+                             float *scale, int32_t *sums)
+{
+    if (tier == QLLM_TIER_INT16) {
+        for (int64_t first = 0; first < cols; first += block)
+            *scale++ = round_block(true, x + first, block, (int16_t *)q + first);
+        return;
+    }
+    for (int64_t first = 0; first < cols; first += block) {
+        const int8_t *codes = (int8_t *)q + first;
+        *scale++ = round_block(false, x + first, block, (int8_t *)q + first);
+        int32_t sum = 0;
+        for (int64_t i = 0; i < block; i++)
+            sum += codes[i];
+        *sums++ = sum;
+    }
+}
+
 #endif

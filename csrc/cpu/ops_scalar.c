@@ -9,6 +9,7 @@ const qllm_cpu_ops qllm_cpu_ops_scalar = {
     .linear = qllm_linear_scalar,
     .linear_name = qllm_linear_name_scalar,
     .int8_activation = int8_activation,
+    .block_activation = block_activation,
     .rms_norm = rms_norm,
     .layer_norm = layer_norm,
     .rope = rope,

@@ -3,6 +3,7 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "core/activation.h"
 #include "core/alloc.h"
 #include "core/checked.h"
 #include "core/linear_ref.h"
@@ -104,6 +105,23 @@ static qllm_status allocate(qllm_packed *p, const char *name, qllm_error *error)
     return status;
 }
 
+/* The tables of values, and the forms of them that kernels look up. */
+static void copy_tables(const qllm_qweight *weight, qllm_packed *p)
+{
+    memcpy(p->code, weight->code, sizeof p->code);
+    memcpy(p->nested_code, weight->nested_code, sizeof p->nested_code);
+    p->offset = weight->offset;
+    if (!qllm_format_is_4bit(p->format))
+        return;
+    p->unit16 = qllm_integer_codes(p->code, QLLM_INT16_CODE_LIMIT, p->codes16);
+    p->unit8 = qllm_integer_codes(p->code, QLLM_INT8_CODE_LIMIT, p->codes8);
+    for (int i = 0; i < 256; i++) {
+        uint32_t bits = qllm_bits_from_float(p->nested_code[i]);
+        for (int plane = 0; plane < 4; plane++)
+            p->nested_planes[plane][i] = (uint8_t)(bits >> (8 * plane));
+    }
+}
+
 qllm_status qllm_packed_create(const qllm_qweight *like, const char *name, qllm_packed **out,
                                qllm_error *error)
 {
@@ -119,9 +137,7 @@ qllm_status qllm_packed_create(const qllm_qweight *like, const char *name, qllm_
     p->cols = like->cols;
     p->blocksize = like->blocksize;
     p->row_blocks = p->layout == QLLM_LAYOUT_BLOCKS ? p->cols / p->blocksize : 0;
-    p->offset = like->offset;
-    memcpy(p->code, like->code, sizeof p->code);
-    memcpy(p->nested_code, like->nested_code, sizeof p->nested_code);
+    copy_tables(like, p);
     status = allocate(p, name, error);
     if (status != QLLM_OK) {
         qllm_packed_destroy(p);

@@ -50,6 +50,9 @@ struct qllm_packed {
     float *nested_absmax; /* padded so that every row of the last tile has one */
     int64_t nested_bytes;
     float offset, code[16], nested_code[256];
+    int16_t codes16[16], codes8[16]; /* `code` as integers, and what one unit of them is worth */
+    float unit16, unit8;
+    uint8_t nested_planes[4][256];   /* byte p of nested_code[i] */
     /* INT8, padded to whole tiles */
     float *row_absmax;
     int32_t *row_sums; /* sum over k of data */

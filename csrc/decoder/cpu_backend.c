@@ -38,6 +38,7 @@ static qllm_status fill(qllm_decoder *decoder, const qllm_decoder_config *config
     if (status == QLLM_OK)
         status = qllm_threads_create(options->threads, &decoder->threads, error);
     decoder->packer = (qllm_packer){qllm_encode_ops_get(decoder->isa), decoder->threads};
+    decoder->linear_options.compute = options->compute;
     decoder->linear_options.int8_threshold = options->int8_threshold;
     decoder->linear_options.int8_batch = options->int8_batch;
     qllm_kv_cache_init(&decoder->cache, config->layers, config->kv_heads, config->head_dim);
@@ -255,7 +256,7 @@ static void info(const qllm_decoder *decoder, qllm_decoder_info *out)
     *out = (qllm_decoder_info){
         .variant = qllm_isa_name(decoder->isa),
         .model = qllm_cpu_features_get()->model,
-        .compute = "exact",
+        .compute = qllm_compute_name(decoder->linear_options.compute),
         .threads = qllm_threads_count(decoder->threads),
         .int8_threshold = decoder->linear_options.int8_threshold,
         .int8_batch = decoder->linear_options.int8_batch,
@@ -281,8 +282,10 @@ static int kernels(qllm_decoder *decoder, qllm_format format, const char **names
         const qllm_packed *packed = decoder->weights.slots[i].packed;
         if (packed == NULL || qllm_packed_format(packed) != format)
             continue;
+        qllm_tier tier = qllm_cpu_linear_tier(decoder->ops, packed,
+                                              decoder->linear_options.compute);
         for (int64_t m = 1; m <= QLLM_STEP_ROWS; m *= 2)
-            count = add_name(names, count, capacity, decoder->ops->linear_name(packed, m));
+            count = add_name(names, count, capacity, decoder->ops->linear_name(packed, tier, m));
     }
     pthread_mutex_unlock(&decoder->lock);
     return count;

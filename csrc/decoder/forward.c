@@ -34,12 +34,25 @@ static void run_rows(pass *p, int64_t row_values, void (*work)(void *, int64_t, 
     run(p, p->n, p->n * row_values, work);
 }
 
+static qllm_linear_part part(const qllm_weight *weight, float *y, int64_t y_stride)
+{
+    return (qllm_linear_part){weight->packed, weight->values, y, y_stride};
+}
+
+/* Linear layers that take the same rows of x, as one job. */
+static void linears(const pass *p, const qllm_linear_part *parts, int n, const float *x, int64_t m,
+                    int64_t x_stride)
+{
+    qllm_decoder *d = p->decoder;
+    qllm_cpu_linear(d->threads, d->ops, parts, n, x, m, x_stride, &d->linear_options,
+                    d->scratch.linear);
+}
+
 static void linear(const pass *p, const qllm_weight *weight, const float *x, int64_t m,
                    int64_t x_stride, float *y, int64_t y_stride)
 {
-    qllm_decoder *d = p->decoder;
-    qllm_cpu_linear(d->threads, d->ops, weight->packed, weight->values, x, m, x_stride,
-                    &d->linear_options, d->scratch.linear, y, y_stride);
+    qllm_linear_part one = part(weight, y, y_stride);
+    linears(p, &one, 1, x, m, x_stride);
 }
 
 static void norm(const qllm_decoder *decoder, const float *x, const qllm_weight *weight,
@@ -211,9 +224,12 @@ static void attention(pass *p)
     if (d->config.fused_qkv) {
         linear(p, p->part[QLLM_PART_QKV], x, p->n, s->hidden_stride, s->qkv, s->qkv_stride);
     } else {
-        linear(p, p->part[QLLM_PART_Q], x, p->n, s->hidden_stride, s->qkv, s->qkv_stride);
-        linear(p, p->part[QLLM_PART_K], x, p->n, s->hidden_stride, s->qkv + at.k, s->qkv_stride);
-        linear(p, p->part[QLLM_PART_V], x, p->n, s->hidden_stride, s->qkv + at.v, s->qkv_stride);
+        const qllm_linear_part parts[] = {
+            part(p->part[QLLM_PART_Q], s->qkv, s->qkv_stride),
+            part(p->part[QLLM_PART_K], s->qkv + at.k, s->qkv_stride),
+            part(p->part[QLLM_PART_V], s->qkv + at.v, s->qkv_stride),
+        };
+        linears(p, parts, 3, x, p->n, s->hidden_stride);
     }
     run_rows(p, s->qkv_stride, place_rows);
     run(p, p->n * d->config.kv_heads * tasks_per_group(&at), p->positions * s->heads_stride,
@@ -242,9 +258,12 @@ static void mlp(pass *p, const float *x)
 {
     qllm_scratch *s = &p->decoder->scratch;
     bool gated = p->decoder->config.gated;
-    if (gated)
-        linear(p, p->part[QLLM_PART_GATE], x, p->n, s->hidden_stride, s->gate, s->mlp_stride);
-    linear(p, p->part[QLLM_PART_UP], x, p->n, s->hidden_stride, s->up, s->mlp_stride);
+    const qllm_linear_part up = part(p->part[QLLM_PART_UP], s->up, s->mlp_stride);
+    if (gated) {
+        const qllm_linear_part both[] = {part(p->part[QLLM_PART_GATE], s->gate, s->mlp_stride), up};
+        linears(p, both, 2, x, p->n, s->hidden_stride);
+    } else
+        linears(p, &up, 1, x, p->n, s->hidden_stride);
     run_rows(p, s->mlp_stride, activate_rows);
     linear(p, p->part[QLLM_PART_DOWN], gated ? s->gate : s->up, p->n, s->mlp_stride, s->branch2,
            s->hidden_stride);

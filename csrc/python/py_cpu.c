@@ -147,6 +147,15 @@ static int parse_outliers(const qllm_state *state, const char *text, double thre
     return -1;
 }
 
+int qllm_parse_compute(const qllm_state *state, const char *name, qllm_compute *compute)
+{
+    qllm_error error;
+    if (qllm_compute_find(name, compute, &error) == QLLM_OK)
+        return 0;
+    qllm_raise(state, &error);
+    return -1;
+}
+
 int qllm_parse_threads(const qllm_state *state, PyObject *object, int *threads)
 {
     int64_t n = 0;
@@ -194,17 +203,17 @@ static qllm_status multiply(const qllm_packed *packed, const request *request,
                             float *y, qllm_error *error)
 {
     void *scratch = NULL;
-    int64_t cols = qllm_packed_cols(packed), rows = qllm_packed_rows(packed), bytes = 0;
-    if (qllm_packed_format(packed) == QLLM_FORMAT_INT8)
-        bytes = qllm_cpu_linear_scratch(cols, m);
+    int64_t cols = qllm_packed_cols(packed), rows = qllm_packed_rows(packed);
+    int64_t bytes = qllm_cpu_linear_scratch(cols, m);
     const float *x = qllm_array_data(x_array), *b = bias ? qllm_array_data(bias) : NULL;
     if (bytes < 0)
-        return qllm_fail(error, QLLM_MEMORY, "x: the int8 form of this input is larger than can be "
-                         "addressed; use a smaller batch");
-    qllm_status status = qllm_alloc(&scratch, bytes, 1, "the int8 form of the input", error);
+        return qllm_fail(error, QLLM_MEMORY, "x: the rounded form of this input is larger than can "
+                         "be addressed; use a smaller batch");
+    qllm_status status = qllm_alloc(&scratch, bytes, 1, "the rounded form of the input", error);
     if (status == QLLM_OK)
-        qllm_cpu_linear(threads, qllm_cpu_ops_get(request->isa), packed, b, x, m, cols,
-                        &request->options, scratch, y, rows);
+        qllm_cpu_linear(threads, qllm_cpu_ops_get(request->isa),
+                        &(qllm_linear_part){packed, b, y, rows}, 1, x, m, cols,
+                        &request->options, scratch);
     qllm_free(scratch);
     return status;
 }
@@ -269,21 +278,22 @@ static PyObject *parse_and_run(qllm_state *state, PyObject *weight, PyObject *ar
                                PyObject *kwargs)
 {
     static char *method_names[] = {"x", "bias", "isa", "threads", "int8_threshold",
-                                   "int8_outliers", NULL};
+                                   "int8_outliers", "compute", NULL};
     static char *function_names[] = {"weight", "x", "bias", "isa", "threads", "int8_threshold",
-                                     "int8_outliers", NULL};
+                                     "int8_outliers", "compute", NULL};
     PyObject *x, *bias = Py_None, *threads = Py_None;
-    const char *isa = NULL, *outliers = "row";
+    const char *isa = NULL, *outliers = "row", *compute = "exact";
     double threshold = (double)QLLM_INT8_THRESHOLD;
     request request;
     int ok = weight != NULL
-        ? PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$zOds:matmul", method_names, &x, &bias,
-                                      &isa, &threads, &threshold, &outliers)
-        : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$zOds:linear", function_names, &weight,
-                                      &x, &bias, &isa, &threads, &threshold, &outliers);
+        ? PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$zOdss:matmul", method_names, &x, &bias,
+                                      &isa, &threads, &threshold, &outliers, &compute)
+        : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$zOdss:linear", function_names, &weight,
+                                      &x, &bias, &isa, &threads, &threshold, &outliers, &compute);
     if (!ok || qllm_choose_isa(state, isa, &request.isa) < 0 ||
         qllm_parse_threads(state, threads, &request.threads) < 0 ||
-        parse_outliers(state, outliers, threshold, &request.options) < 0)
+        parse_outliers(state, outliers, threshold, &request.options) < 0 ||
+        qllm_parse_compute(state, compute, &request.options.compute) < 0)
         return NULL;
     return linear(state, weight, &request, x, bias);
 }
@@ -300,19 +310,25 @@ static PyObject *py_linear(PyObject *module, PyObject *args, PyObject *kwargs)
 
 static PyObject *py_linear_name(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"weight", "m", "isa", NULL};
+    static char *names[] = {"weight", "m", "isa", "compute", NULL};
     const qllm_state *state = qllm_state_of(module);
-    const char *isa_name = NULL;
+    const char *isa_name = NULL, *compute_name = "exact";
     PyObject *object;
     long long m;
     qllm_isa isa;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|$z:linear_name", names, &object, &m,
-                                     &isa_name) ||
+    qllm_compute compute;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|$zs:linear_name", names, &object, &m,
+                                     &isa_name, &compute_name) ||
+        qllm_parse_compute(state, compute_name, &compute) < 0 ||
         qllm_choose_isa(state, isa_name, &isa) < 0 ||
         qllm_quantized_tensor_weight(state, object) == NULL)
         return NULL;
     const qllm_packed *packed = packed_of(state, object, isa);
-    return packed ? PyUnicode_FromString(qllm_cpu_ops_get(isa)->linear_name(packed, m)) : NULL;
+    if (packed == NULL)
+        return NULL;
+    const qllm_cpu_ops *ops = qllm_cpu_ops_get(isa);
+    qllm_tier tier = qllm_cpu_linear_tier(ops, packed, compute);
+    return PyUnicode_FromString(ops->linear_name(packed, tier, m));
 }
 
 #define KEYWORDS METH_VARARGS | METH_KEYWORDS
@@ -328,14 +344,16 @@ static PyMethodDef functions[] = {
      "(QLLM_THREADS aside)."},
     {"linear", (PyCFunction)(void (*)(void))py_linear, KEYWORDS,
      "linear($module, weight, x, bias=None, *, isa=None, threads=None, int8_threshold=6.0, "
-     "int8_outliers='row')\n--\n\n"
+     "int8_outliers='row', compute='exact')\n--\n\n"
      "y = x W^T + bias, float32 (m, rows) for x float32 (m, cols), or (rows,) for (cols,), with\n"
      "the kernels of an instruction set (None: QLLM_CPU, or the best) and a number of threads\n"
-     "(None: QLLM_THREADS, or one per core).  The bits depend on neither.  int8: values\n"
+     "(None: QLLM_THREADS, or one per core).  compute 'auto' rounds x to int16 by blocks for 4-bit weights\n"
+     "and to bf16 for bf16 weights where the set has instructions for it; 'int8' rounds x to int8\n"
+     "by blocks for 4-bit weights.  The bits depend on neither set nor threads.  int8 weights:\n"
      "|x| >= int8_threshold are outliers, taken row by row or, with 'batch', by columns of the\n"
      "whole x as bitsandbytes does."},
     {"linear_name", (PyCFunction)(void (*)(void))py_linear_name, KEYWORDS,
-     "linear_name($module, weight, m, *, isa=None)\n--\n\n"
+     "linear_name($module, weight, m, *, isa=None, compute='exact')\n--\n\n"
      "Which kernel multiplies m rows by this weight."},
     {NULL, NULL, 0, NULL},
 };

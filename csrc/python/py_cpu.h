@@ -2,6 +2,7 @@
 #ifndef QLLM_PYTHON_PY_CPU_H
 #define QLLM_PYTHON_PY_CPU_H
 
+#include "core/compute.h"
 #include "cpu/features.h"
 #include "cpu/logits.h"
 #include "cpu/threads.h"
@@ -33,5 +34,8 @@ int qllm_setup_threads_test(PyObject *module);
 
 /* The same for py_limits.c. */
 int qllm_setup_limits(PyObject *module);
+
+/* compute="exact", "auto" or "int8"; sets an exception and returns -1 on failure. */
+int qllm_parse_compute(const qllm_state *state, const char *name, qllm_compute *compute);
 
 #endif

@@ -8,6 +8,7 @@
 #include "decoder/cpu_backend.h"
 #include "python/arguments.h"
 #include "python/array.h"
+#include "python/py_cpu.h"
 #include "python/py_quant.h"
 
 /* making and freeing --------------------------------------------------------------------------- */
@@ -48,15 +49,17 @@ static int parse_options(const qllm_state *state, PyObject *threads, PyObject *t
 static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"config", "device", "threads", "isa", "int8_threshold", "int8_outliers",
-                            NULL};
+                            "compute", NULL};
     const qllm_state *state = qllm_state_of_type(type);
     PyObject *dict, *threads = Py_None, *threshold = NULL;
-    const char *device = "cpu", *outliers = "row";
+    const char *device = "cpu", *outliers = "row", *compute = "exact";
     qllm_decoder_options options = {.variant = NULL, .int8_threshold = 6.0f};
     qllm_parsed_config parsed;
     qllm_error error;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$sOzOs:Decoder", names, &dict, &device,
-                                     &threads, &options.variant, &threshold, &outliers) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$sOzOss:Decoder", names, &dict, &device,
+                                     &threads, &options.variant, &threshold, &outliers,
+                                     &compute) ||
+        qllm_parse_compute(state, compute, &options.compute) < 0 ||
         parse_options(state, threads, threshold, outliers, &options) < 0)
         return NULL;
     qllm_decoder_object *self = (qllm_decoder_object *)type->tp_alloc(type, 0);
@@ -485,8 +488,9 @@ static PyMethodDef decoder_methods[] = {
 
 static PyType_Slot decoder_type_slots[] = {
     {Py_tp_doc, "Decoder(config, *, device='cpu', threads=None, isa=None, int8_threshold=6.0, "
-                "int8_outliers='row')\n--\n\nA decoder of transformer blocks: weights by slot, "
-                "sequences that fork, steps of a batch.\n"
+                "int8_outliers='row', compute='exact')\n--\n\n"
+                "A decoder of transformer blocks: weights by slot, sequences that fork, steps of a "
+                "batch.\n"
                 "config: the fields of csrc/decoder/config.h."},
     {Py_tp_new, decoder_new},
     {Py_tp_dealloc, decoder_dealloc},

@@ -284,18 +284,23 @@ static int linear_inputs(const qllm_state *state, const qllm_qweight *w, PyObjec
 
 static PyObject *tensor_matmul_reference(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "bias", "threshold", "batch_outliers", NULL};
+    static char *names[] = {"x", "bias", "threshold", "batch_outliers", "tier", NULL};
     const qllm_state *state = qllm_state_of_type(Py_TYPE(self));
     const qllm_qweight *w = weight_of(self);
     PyObject *x, *bias = Py_None;
     double threshold = (double)QLLM_INT8_THRESHOLD;
+    const char *tier_name = "exact";
     int batch_outliers = 0;
+    qllm_tier tier;
     qllm_error error;
     qllm_status status;
     void *y;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Od$p:matmul_reference", names, &x, &bias,
-                                     &threshold, &batch_outliers) ||
-        linear_inputs(state, w, &x, &bias, threshold) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Od$ps:matmul_reference", names, &x, &bias,
+                                     &threshold, &batch_outliers, &tier_name))
+        return NULL;
+    if (qllm_tier_find(tier_name, &tier, &error) != QLLM_OK)
+        return qllm_raise(state, &error);
+    if (linear_inputs(state, w, &x, &bias, threshold) < 0)
         return NULL;
     int two = qllm_array_ndim(x) == 2;
     int64_t m = two ? qllm_array_dim(x, 0) : 1, shape[2] = {m, w->rows};
@@ -306,6 +311,8 @@ static PyObject *tensor_matmul_reference(PyObject *self, PyObject *args, PyObjec
         Py_BEGIN_ALLOW_THREADS
         if (batch_outliers)
             status = qllm_linear_int8_batch(w, bias_data, x_data, m, (float)threshold, y, &error);
+        else if (tier != QLLM_TIER_EXACT)
+            status = qllm_linear_tier_ref(w, tier, bias_data, x_data, m, y, &error);
         else
             status = qllm_linear_ref(w, bias_data, x_data, m, (float)threshold, y, &error);
         Py_END_ALLOW_THREADS
@@ -394,14 +401,16 @@ static PyMethodDef tensor_methods[] = {
      "mean_abs, max_abs, rmse and sqnr_db against the unquantized array of the same shape."},
     {"matmul", (PyCFunction)(void (*)(void))qllm_quantized_tensor_matmul, KEYWORDS,
      "matmul($self, x, bias=None, *, isa=None, threads=None, int8_threshold=6.0, "
-     "int8_outliers='row')\n--\n\n"
+     "int8_outliers='row', compute='exact')\n--\n\n"
      "y = x W^T + bias by the CPU kernels, see qllm._core.linear: the bits of matmul_reference.\n"
      "The first call packs the weight and keeps that form beside the standard one."},
     {"matmul_reference", (PyCFunction)(void (*)(void))tensor_matmul_reference, KEYWORDS,
-     "matmul_reference($self, x, bias=None, threshold=6.0, *, batch_outliers=False)\n--\n\n"
+     "matmul_reference($self, x, bias=None, threshold=6.0, *, batch_outliers=False, "
+     "tier='exact')\n--\n\n"
      "y = x W^T + bias by the plain reference in the documented order of summation; x float32\n"
      "(m, cols) or (cols,), y float32 (m, rows) or (rows,).  threshold is that of int8 outliers;\n"
-     "batch_outliers takes the outlier columns of the whole batch, as bitsandbytes does."},
+     "batch_outliers takes the outlier columns of the whole batch, as bitsandbytes does.  tier is\n"
+     "exact, int16 or int8 (4-bit weights whose blocks end with the rows) or bf16 (bf16 weights)."},
     {"__copy__", tensor_copy, METH_NOARGS, NULL},
     {"__deepcopy__", tensor_copy, METH_O, NULL},
     {"__reduce__", tensor_reduce, METH_NOARGS, NULL},

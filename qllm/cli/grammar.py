@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..config import FORMATS
+from ..config import COMPUTES, FORMATS
 from .parser import Answer, Parser, Show, UsageError, names, number, one_of, suggestion, text, whole
 
 MODEL = ("demo:llama, demo:falcon, a folder with config.json and safetensors files, or a name on"
@@ -75,6 +75,8 @@ def _model_options(parser: Parser) -> None:
                         help="threads of the C core (default: one per core)")
     parser.add_argument("--isa", type=text, metavar="NAME",
                         help="instruction set: one that `qllm info` lists (default: the best)")
+    parser.add_argument("--compute", type=one_of("mode", COMPUTES), default="auto", metavar="MODE",
+                        help="auto (default), exact (float32 activations) or int8")
 
 
 def _quantization_option(parser: Parser) -> None:

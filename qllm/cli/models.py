@@ -26,6 +26,7 @@ def load(arguments: argparse.Namespace, quantization: str | None = None) -> Mode
         threads=arguments.threads,
         revision=arguments.revision,
         isa=arguments.isa,
+        compute=arguments.compute,
     )
 
 

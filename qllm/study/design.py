@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import COMPUTES
 from ..errors import QllmFileError, QllmValueError
 from ..quantize import BLOCKSIZES, FORMATS
 from ..strict_json import quoted, read_object
@@ -466,8 +467,9 @@ def _check_rest(design: Design) -> None:
     for name in ("quantize_head", "ignore_eos"):
         if not isinstance(getattr(design, name), bool):
             raise QllmValueError(f"{name} must be true or false")
-    if design.compute not in ("exact", "auto"):
-        raise QllmValueError(f"compute must be exact or auto, not {quoted(design.compute)}")
+    if design.compute not in COMPUTES:
+        raise QllmValueError(
+            f"compute must be exact, auto or int8, not {quoted(design.compute)}")
     if design.int8_threshold < 0:
         raise QllmValueError(f"int8_threshold must be 0 or more, not {design.int8_threshold}")
     if not 0.5 <= design.confidence < 1:

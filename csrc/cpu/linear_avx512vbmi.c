@@ -1,0 +1,16 @@
+#define LANES_ISA "avx512vbmi"
+#include "cpu/lanes_avx512.h"
+
+#include "cpu/kernels.h"
+#include "cpu/linear_table.h"
+
+void qllm_linear_avx512vbmi(const qllm_packed *weight, const float *bias, const qllm_rows *rows,
+                    int64_t tile_begin, int64_t tile_end, float *y, int64_t y_stride)
+{
+    linear_any(weight, bias, rows, tile_begin, tile_end, y, y_stride);
+}
+
+const char *qllm_linear_name_avx512vbmi(const qllm_packed *weight, qllm_tier tier, int64_t m)
+{
+    return linear_any_name(weight, tier, m);
+}
