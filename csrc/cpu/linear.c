@@ -174,7 +174,7 @@ static form form_of(const qllm_cpu_ops *ops, const qllm_packed *weight, qllm_com
 
 static bool is_small(const qllm_linear_part *parts, int n_parts, int64_t m)
 {
-    int64_t all = 0, weights, products;
+    int64_t all = 0, weights = 0, products = 0;
     for (int i = 0; i < n_parts; i++)
         if (!qllm_checked_mul(parts[i].weight->rows, parts[i].weight->cols, &weights) ||
             !qllm_checked_mul(weights, m, &products) || !qllm_checked_add(all, products, &all))
