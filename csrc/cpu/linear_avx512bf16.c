@@ -14,12 +14,10 @@
 
 enum {
     STREAM_ROWS = 4,
-    STREAM_CHAINS = 2, /* groups summed side by side for one row */
     BLOCK_ROWS = 6,    /* register block: 24 sums, 4 weights and one pair of x */
     BLOCK_TILES = 4,
     BLOCK_GROUPS = 16,
-    GROUP_LINES = QLLM_GROUP / 2, /* lines of two columns */
-    PREFETCH_BYTES = 4096
+    GROUP_LINES = QLLM_GROUP / 2 /* lines of two columns */
 };
 
 void qllm_bf16_activation_avx512bf16(const float *x, int64_t cols, uint16_t *q)
@@ -60,38 +58,32 @@ static int64_t outputs_of(const qllm_packed *packed, int64_t tile)
     return left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
 }
 
-/* y[m] += `chains` groups of `lines` lines from `at` on. */
-QLLM_INLINE void stream_groups(const int rows, const int chains, int64_t lines, const uint8_t *at,
-                               const uint16_t *const *q, lanes *y)
+/* y[m] += a group of `lines` lines from `at` on.  Groups overlap in time by themselves; two of them
+ * side by side would read memory in two streams, at half the speed. */
+QLLM_INLINE void stream_group(const int rows, int64_t lines, const uint8_t *at,
+                              const uint16_t *const *q, lanes *y)
 {
-    lanes p[STREAM_CHAINS][STREAM_ROWS];
+    lanes p[STREAM_ROWS];
     LANES_UNROLL
-    for (int c = 0; c < chains; c++)
+    for (int m = 0; m < rows; m++)
+        p[m] = lanes_zero();
+    for (int64_t line = 0; line < lines; line++) {
+        const uint8_t *from = at + line * QLLM_LINE;
+        __builtin_prefetch(from + QLLM_PREFETCH_BYTES);
+        ilanes w = ilanes_load(from);
         LANES_UNROLL
         for (int m = 0; m < rows; m++)
-            p[c][m] = lanes_zero();
-    for (int64_t line = 0; line < lines; line++)
-        LANES_UNROLL
-        for (int c = 0; c < chains; c++) {
-            const uint8_t *from = at + (c * GROUP_LINES + line) * QLLM_LINE;
-            __builtin_prefetch(from + PREFETCH_BYTES);
-            ilanes w = ilanes_load(from);
-            LANES_UNROLL
-            for (int m = 0; m < rows; m++)
-                p[c][m] = dot_pair(p[c][m], w, pair_at(q[m] + c * QLLM_GROUP + 2 * line));
-        }
+            p[m] = dot_pair(p[m], w, pair_at(q[m] + 2 * line));
+    }
     LANES_UNROLL
-    for (int c = 0; c < chains; c++)
-        LANES_UNROLL
-        for (int m = 0; m < rows; m++)
-            y[m] = lanes_add(y[m], p[c][m]);
+    for (int m = 0; m < rows; m++)
+        y[m] = lanes_add(y[m], p[m]);
 }
 
 QLLM_INLINE void stream_tile(const int rows, const qllm_packed *packed, const float *bias,
                              const qllm_rows *in, int64_t tile, int64_t row, float *out,
                              int64_t out_stride)
 {
-    const int chains = rows == 1 ? STREAM_CHAINS : 1;
     const uint8_t *base = qllm_packed_tile(packed, tile);
     int64_t groups = (packed->cols + QLLM_GROUP - 1) / QLLM_GROUP, g = 0;
     const uint16_t *q[STREAM_ROWS];
@@ -101,14 +93,12 @@ QLLM_INLINE void stream_tile(const int rows, const qllm_packed *packed, const fl
         q[m] = (const uint16_t *)((const uint8_t *)in->q + (row + m) * in->q_stride);
         y[m] = lanes_zero();
     }
-    for (; g + chains < groups; g += chains) {
-        stream_groups(rows, chains, GROUP_LINES, base + g * GROUP_LINES * QLLM_LINE, q, y);
-        LANES_UNROLL
-        for (int m = 0; m < rows; m++)
-            q[m] += chains * QLLM_GROUP;
-    }
     for (; g < groups; g++) {
-        stream_groups(rows, 1, lines_of(packed, g), base + g * GROUP_LINES * QLLM_LINE, q, y);
+        const uint8_t *at = base + g * GROUP_LINES * QLLM_LINE;
+        if (g + 1 < groups)
+            stream_group(rows, GROUP_LINES, at, q, y);
+        else
+            stream_group(rows, lines_of(packed, g), at, q, y);
         LANES_UNROLL
         for (int m = 0; m < rows; m++)
             q[m] += QLLM_GROUP;
