@@ -51,7 +51,7 @@ def takes(weight: Any, mode: str) -> bool:
     """Whether this build multiplies by the weight in that mode."""
     try:
         weight.matmul(np.zeros((1, weight.shape[1]), np.float32), compute=mode)
-    except (TypeError, qllm.QllmError):
+    except qllm.QllmError:
         return False
     return True
 
@@ -68,27 +68,26 @@ def peak_unit(format: str, mode: str) -> str:
     return wanted if wanted in units else "f32"
 
 
-def ours(weight: np.ndarray, x: np.ndarray, format: str, modes: tuple[str, ...], memory: int,
-         threads: int) -> list[Candidate]:
-    """A candidate for every mode, all on the same packed copies."""
+def ours(weight: np.ndarray, inputs: dict[str, np.ndarray], format: str, modes: tuple[str, ...],
+         memory: int, threads: int, in_cache: bool) -> list[Candidate]:
+    """A candidate for every mode and input (what its name ends in -> x), all on the same packed
+    copies; `in_cache` adds those that use one copy over and over."""
     first = qllm.quantize(weight, format)
     count = copies(first.nbytes, memory)
     weights = [first, *(copy_of(first) for _ in range(count - 1))]
-    usable = [mode for mode in modes if takes(first, mode)]
-    options: dict[str, dict[str, Any]] = {mode: {"compute": mode} for mode in usable}
-    if not options and "exact" in modes:
-        options = {"exact": {}}
+    several = {"": weights} | ({", one matrix": [first] * count} if in_cache else {})
 
-    def caller(chosen: dict[str, Any]) -> Callable[[], None]:
+    def caller(items: list[Any], x: np.ndarray, mode: str) -> Callable[[], None]:
         def call() -> None:
-            for item in weights:
-                item.matmul(x, threads=threads, **chosen)
+            for item in items:
+                item.matmul(x, threads=threads, compute=mode)
         call()  # packs
         return call
 
-    operations = 2 * weight.size * len(x)
-    return [Candidate(f"qllm {format} {mode}", caller(chosen), count, first.nbytes, operations,
-                      peak_unit(format, mode)) for mode, chosen in options.items()]
+    return [Candidate(f"qllm {format} {mode}{rows}{which}", caller(items, x, mode), count,
+                      first.nbytes, 2 * weight.size * len(x), peak_unit(format, mode))
+            for mode in modes if takes(first, mode)
+            for rows, x in inputs.items() for which, items in several.items()]
 
 
 def limits(memory: int, operations: int, threads: int, units: list[str]) -> list[Candidate]:
@@ -155,11 +154,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     nbytes = int(memory * 1e9)
     names = [name for name in PEERS if common.chosen(name, options.only)]
     candidates, missing = peers(weight, x, names, nbytes, options.threads)
+    inputs = {"": x}
+    if options.more_rows:
+        inputs[f", {options.more_rows} rows"] = rng.normal(
+            0, 1, (options.more_rows, options.in_features)).astype(np.float32)
     for format in FORMATS:
         modes = tuple(mode for mode in MODES
                       if common.chosen(f"qllm {format} {mode}", options.only))
         if modes:
-            candidates += ours(weight, x, format, modes, nbytes, options.threads)
+            candidates += ours(weight, inputs, format, modes, nbytes, options.threads,
+                               options.in_cache)
     units = sorted({c.peak for c in candidates if c.peak}) if options.rows > 1 else []
     candidates = limits(max(nbytes, 1 << 20), 2 * weight.size * options.rows, options.threads,
                         units) + candidates
@@ -195,6 +199,10 @@ def parser() -> argparse.ArgumentParser:
         description="Time one linear layer in every format beside other libraries.",
         epilog="example: python benchmarks/linear.py --rows 1 --threads 2 --only 'qllm nf4*'")
     made.add_argument("--rows", type=int, default=1, help="rows of x (default 1: decode)")
+    made.add_argument("--more-rows", type=int, metavar="N",
+                      help="time ours with N rows too, in the same rounds")
+    made.add_argument("--in-cache", action="store_true",
+                      help="time ours on one matrix over and over too, which a cache may hold")
     made.add_argument("--out-features", type=int, default=4096)
     made.add_argument("--in-features", type=int, default=11008)
     made.add_argument("--threads", type=int, default=_core.cpu_info()["threads_available"])

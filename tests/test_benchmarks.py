@@ -21,10 +21,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import done_when  # noqa: E402
 import engines  # noqa: E402
 import layer_peers  # noqa: E402
 import llama_folder  # noqa: E402
 import model as whole_model  # noqa: E402
+import run as run_all  # noqa: E402
 import to_gguf  # noqa: E402
 
 TINY = llama_folder.SHAPES["tiny"]
@@ -223,3 +225,70 @@ def test_loading_measures_time_and_memory(tmp_path: Path) -> None:
         assert 0 < row["share"] < row["share_with_memory"]
         assert row["memory"]["peak"] >= row["memory"]["before"] > 0 and row["format"] in printed
     assert found[0]["memory"]["held"] < found[1]["memory"]["held"]
+
+
+# -------------------------------------------------------------------------------------- the page
+
+
+def layer_result(**seconds: list[float]) -> dict[str, Any]:
+    """A result of linear.py whose read loop takes 1 ns a byte; a matrix has 1000 bytes and 10000
+    operations, and its unit does one in 0.1 ns."""
+    times = {"read": [1e-9, 1e-9, 1e-9], "peak int16": [1e-10, 1e-10, 1e-10],
+             **{name.replace("_", " "): values for name, values in seconds.items()}}
+    entry = {"work": 1, "nbytes": 1000, "operations": 10000, "peak": "int16",
+             "seconds": {"median": 1e-6}}
+    return {"candidates": dict.fromkeys(times, entry), "seconds": times,
+            "machine": common.machine()}
+
+
+def test_targets_are_medians_of_paired_ratios() -> None:
+    results = {"peers 2": layer_result(qllm_nf4_auto=[2e-6, 2e-6, 4e-6],
+                                       ggml_Q4_0=[4e-6, 6e-6, 8e-6],
+                                       torch_int4pack=[5e-6, 3e-6, 9e-6])}
+    assert done_when.of_read(results, "peers 2", "qllm nf4 auto") == pytest.approx([50, 50, 25])
+    assert done_when.of_peak(results, "peers 2", "qllm nf4 auto") == pytest.approx([50, 50, 25])
+    assert done_when.best_peer(results, "peers 2") == [2.0, 1.5, 2.0]
+    assert done_when.best_peer_bar(results, "peers 2") == 1.3
+    near = {"peers 2": layer_result(qllm_nf4_auto=[1.1e-6] * 3, ggml_Q4_0=[2e-6] * 3)}
+    assert done_when.best_peer_bar(near, "peers 2") == 1.05
+
+
+def test_a_target_is_met_from_its_bar_on() -> None:
+    def row(values: list[float], bar: float, most: bool) -> dict[str, Any]:
+        target = done_when.Target("decode", "x", bar, lambda r: values, most=most)
+        return done_when.evaluate(target, {})
+
+    assert row([1.0, 2.0, 3.0], 2.0, False)["met"] is True
+    assert row([1.0, 2.0, 3.0], 2.1, False)["met"] is False
+    assert row([1.0, 2.0, 3.0], 2.0, True)["met"] is True
+    assert row([1.0, 2.0, 3.0], 1.9, True)["met"] is False
+    unmeasured = [done_when.evaluate(target, {}) for target in done_when.targets()]
+    assert all(entry["figure"] is None and entry["met"] is None for entry in unmeasured)
+    assert done_when.table(unmeasured).count("not measured") == len(unmeasured)
+    jobs = {job for part in run_all.jobs().values() for job in part}
+    assert {"decode 1", "peers 2", "prefill 2", "model ours", "loading", "sampling"} <= jobs
+
+
+def test_run_keeps_results_and_writes_the_page(tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["linear.py", "--threads", "1", "--out-features", "64", "--in-features", "256",
+               "--memory", "0.00003", "--rounds", "3", "--in-cache", "--more-rows", "8", "--only",
+               "qllm nf4 auto"]
+    monkeypatch.setattr(run_all, "jobs", lambda: {
+        "decode": {"decode 1": command}, "loading": {"loading": ["no_such_file.py"]}})
+    words = ["run.py", "--results", str(tmp_path / "results"), "--docs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    run_all.main()
+    kept = tmp_path / "results" / "decode-1.json"
+    first = kept.stat().st_mtime_ns
+    run_all.main()
+    assert kept.stat().st_mtime_ns == first
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    rows = json.loads((tmp_path / "performance.json").read_text(encoding="utf-8"))["targets"]
+    measured = {row["what"] for row in rows if row["figure"]}
+    assert measured == {"nf4 decode, share of a plain read loop, 1 thread",
+                        "nf4 decode, share of its own speed on one matrix over and over, 1 thread",
+                        "8 rows at once, nf4 auto: time over 1 row, 1 thread"}
+    assert all(f"| {row['what']} |" in page for row in rows)
+    assert "qllm nf4 auto, 8 rows" in page and _core.cpu_info()["model"] in page
+    assert "## Notes" in page
