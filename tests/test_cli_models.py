@@ -375,11 +375,37 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
             assert 0 < entry[key]["min"] <= entry[key]["median"] <= entry[key]["max"]
         assert entry["kernels"] and all(entry["format"] in name for name in entry["kernels"])
     nf4 = facts["formats"][1]
-    assert (nf4["linear_bytes"], nf4["kernels"]) == (model.report().bytes,
-                                                     model.info().kernels["nf4"])
+    assert (nf4["bytes_per_token"], nf4["kernels"]) == (model.decoder.nbytes()["weights"],
+                                                        model.info().kernels["nf4"])
+    assert facts["formats"][0]["bytes_per_token"] > nf4["bytes_per_token"]
+    assert 0 < facts["limits"]["read_bytes_per_second"]["median"]
+    units = facts["limits"]["operations_per_second"]
+    assert {unit: entry["instruction"] for unit, entry in units.items()} == _core.multiply_units()
     text = run(*words, capsys=capsys)
-    assert re.search(r"^nf4 .* \d+\.\d +\d+\.\d +nf4 ", text, re.MULTILINE)
+    assert re.search(r"^nf4 .* \d+\.\d +\d+\.\d +\d+ % +nf4 ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("compute", ["exact", "auto", "int8"])
+def test_bench_of_random_weights(compute: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--shape", "tiny", "--formats", "bf16,nf4", "--rounds", "1", "--threads", "1",
+             "--prompt-tokens", "3", "--new-tokens", "2", "--compute", compute, "--json"]
+    facts = json.loads(run(*words, capsys=capsys))
+    assert (facts["compute"], facts["prompt_tokens"]) == (compute, 3)
+    weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
+    assert facts["parameters"] == weights + 2 * 512 * 128 + 5 * 128
+    head = 2 * 512 * 128
+    least = [2 * weights + head, weights * 9 // 16 + head]
+    for entry, bytes_ in zip(facts["formats"], least, strict=True):
+        assert bytes_ <= entry["bytes_per_token"] < 1.1 * bytes_
+        assert 0 < entry["share_of_read"]["median"]
+    assert facts["formats"][1]["bits_per_weight"] == pytest.approx(4.5)
 
 
 def test_bench_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "positions" in error("bench", "--prompt-tokens", "100000", capsys=capsys)
+    tiny = ("bench", "--shape", "tiny")
+    assert "positions" in error(*tiny, "--prompt-tokens", "100000", capsys=capsys)
+    for words, reason in (((MODEL, "--shape", "tiny"), "not both"),
+                          (("--revision", "main"), "need a MODEL"),
+                          (("--device", "cuda"), "need a MODEL")):
+        assert main(["bench", *words]) == 2
+        assert reason in capsys.readouterr().err

@@ -14,6 +14,7 @@ MODEL = ("demo:llama, demo:falcon, a folder with config.json and safetensors fil
          " the Hugging Face hub")
 DEVICES = ("cpu", "cuda")
 BENCH_FORMATS = tuple(name for name in FORMATS if name != "original")
+BENCH_SHAPES = ("tiny", "small", "1.1b")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace | str:
@@ -177,10 +178,13 @@ def _score(commands: Any) -> None:
 
 def _bench(commands: Any) -> None:
     parser = _command(commands, "bench", ".bench:bench",
-                      "measure tokens per second of each format, in alternating rounds",
-                      "demo:llama --formats bf16,int8,nf4 --rounds 7")
-    parser.add_argument("model", nargs="?", default="demo:llama", metavar="MODEL",
-                        help=MODEL + " (default: demo:llama)")
+                      "measure this machine's limits and each format's tokens per second",
+                      "--formats bf16,int8,nf4 --rounds 7")
+    parser.add_argument("model", nargs="?", metavar="MODEL",
+                        help=MODEL + " (default: random weights of a Llama's shape)")
+    parser.add_argument("--shape", type=one_of("shape", BENCH_SHAPES), metavar="SHAPE",
+                        help="the shape of random weights, out of " + ", ".join(BENCH_SHAPES)
+                        + " (default: small); 1.1b needs 7 GB of memory for all formats")
     parser.add_argument("--formats", type=names("format", BENCH_FORMATS), metavar="LIST",
                         default=["bf16", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"],
                         help="separated by commas, out of " + ", ".join(BENCH_FORMATS)
