@@ -230,11 +230,10 @@ def test_loading_measures_time_and_memory(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- the page
 
 
-def layer_result(**seconds: list[float]) -> dict[str, Any]:
+def layer_result(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """A result of linear.py whose read loop takes 1 ns a byte; a matrix has 1000 bytes and 10000
     operations, and its unit does one in 0.1 ns."""
-    times = {"read": [1e-9, 1e-9, 1e-9], "peak int16": [1e-10, 1e-10, 1e-10],
-             **{name.replace("_", " "): values for name, values in seconds.items()}}
+    times = {"read": [1e-9] * 3, "peak int16": [1e-10] * 3} | seconds
     entry = {"work": 1, "nbytes": 1000, "operations": 10000, "peak": "int16",
              "seconds": {"median": 1e-6}}
     return {"candidates": dict.fromkeys(times, entry), "seconds": times,
@@ -242,14 +241,14 @@ def layer_result(**seconds: list[float]) -> dict[str, Any]:
 
 
 def test_targets_are_medians_of_paired_ratios() -> None:
-    results = {"peers 2": layer_result(qllm_nf4_auto=[2e-6, 2e-6, 4e-6],
-                                       ggml_Q4_0=[4e-6, 6e-6, 8e-6],
-                                       torch_int4pack=[5e-6, 3e-6, 9e-6])}
+    results = {"peers 2": layer_result({"qllm nf4 auto": [2e-6, 2e-6, 4e-6],
+                                        "ggml Q4_0": [4e-6, 6e-6, 8e-6],
+                                        "torch int4pack": [5e-6, 3e-6, 9e-6]})}
     assert done_when.of_read(results, "peers 2", "qllm nf4 auto") == pytest.approx([50, 50, 25])
     assert done_when.of_peak(results, "peers 2", "qllm nf4 auto") == pytest.approx([50, 50, 25])
-    assert done_when.best_peer(results, "peers 2") == [2.0, 1.5, 2.0]
+    assert done_when.best_peer(results, "peers 2") == pytest.approx([2.0, 1.5, 2.0])
     assert done_when.best_peer_bar(results, "peers 2") == 1.3
-    near = {"peers 2": layer_result(qllm_nf4_auto=[1.1e-6] * 3, ggml_Q4_0=[2e-6] * 3)}
+    near = {"peers 2": layer_result({"qllm nf4 auto": [1.1e-6] * 3, "ggml Q4_0": [2e-6] * 3})}
     assert done_when.best_peer_bar(near, "peers 2") == 1.05
 
 
