@@ -24,6 +24,7 @@ from typing import Any
 
 import common
 import done_when
+import llama_folder
 
 import qllm
 
@@ -40,8 +41,8 @@ def linear(threads: int, *words: str, names: tuple[str, ...]) -> list[str]:
     return ["linear.py", "--threads", str(threads), *words, "--only", *names]
 
 
-def jobs() -> dict[str, dict[str, list[str]]]:
-    """part -> job -> command, without --json and --seconds."""
+def jobs(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """part -> job -> command, without --json and --seconds; `folder` has the whole model."""
     ours = tuple(f"qllm {name}" for name in OURS)
     peers = ("qllm nf4 auto", "bitsandbytes nf4", *done_when.FOUR_BIT_PEERS)
     wide = ("qllm bf16 auto", "qllm nf4 exact", "qllm nf4 auto", "qllm int8 auto",
@@ -63,14 +64,16 @@ def jobs() -> dict[str, dict[str, list[str]]]:
     return {
         "decode": decode,
         "prefill": prefill,
-        "model": {f"model {group}": ["model.py", "--group", group, "--threads", "2",
+        "model": {f"model {group}": ["model.py", "--group", group, "--threads", "2", "--folder",
+                                     str(folder),
                                      *(["--workloads", "decode,prefill"] if group in SLOW else [])]
                   for group in GROUPS},
-        "loading": {"loading": ["loading.py"]},
+        "loading": {"loading": ["loading.py", str(folder), "--bitsandbytes"]},
         "sampling": {"sampling": ["sampling.py"]},
     }
 
 
+PARTS = ("decode", "prefill", "model", "loading", "sampling", "page")
 LIMITED = ("linear.py", "model.py")  # those that take --seconds
 
 
@@ -106,10 +109,10 @@ def result_file(folder: Path, job: str) -> Path:
     return folder / f"{job.replace(' ', '-')}.json"
 
 
-def collect(folder: Path) -> done_when.Results:
-    """All results that are there."""
+def collect(names: list[str], folder: Path) -> done_when.Results:
+    """The results of these jobs that are there."""
     return {job: json.loads(result_file(folder, job).read_text(encoding="utf-8"))
-            for part in jobs().values() for job in part if result_file(folder, job).exists()}
+            for job in names if result_file(folder, job).exists()}
 
 
 def brief(result: dict[str, Any]) -> dict[str, Any]:
@@ -149,8 +152,8 @@ def models_table(results: done_when.Results) -> str:
 
 def page(results: done_when.Results, rows: list[dict[str, Any]], notes: str) -> str:
     """docs/performance.md."""
-    machine = next(iter(r["machine"] for r in results.values() if "machine" in r),
-                   common.machine())
+    known = [r["machine"] for r in results.values() if "processor" in r.get("machine", {})]
+    machine = known[0] if known else common.machine()
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     met = sum(row["met"] is True for row in rows)
     parts = [
@@ -179,24 +182,26 @@ def _unmeasured(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parts = jobs()
     parser = argparse.ArgumentParser(
         description="Run the benchmarks and write docs/performance.md.",
         epilog="example: python benchmarks/run.py decode prefill --seconds 20")
     parser.add_argument("parts", nargs="*", metavar="PART",
-                        help="out of " + ", ".join(parts) + ", page (default: all)")
+                        help="out of " + ", ".join(PARTS) + " (default: all)")
     parser.add_argument("--results", type=Path,
                         default=Path(tempfile.gettempdir()) / "qllm-bench" / "results")
     parser.add_argument("--fresh", action="store_true", help="repeat runs that have a result")
     parser.add_argument("--seconds", type=float, default=45,
                         help="for the rounds of a run, its preparation left out (default 45)")
+    parser.add_argument("--folder", type=Path, default=llama_folder.default_folder("1.1b"),
+                        help="where the whole model is or will be")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
     for script in ("linear", "model"):
         parser.add_argument(f"--{script}", nargs="+", default=[], metavar="WORD",
                             help=f"further options of {script}.py, after a space: "
                             f"--{script} ' --rounds=5'")
     options = parser.parse_args()
-    if unknown := set(options.parts) - {*parts, "page"}:
+    parts = jobs(options.folder)
+    if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     options.results.mkdir(parents=True, exist_ok=True)
     extra = {f"{script}.py": [word.strip() for word in getattr(options, script)]
@@ -206,9 +211,11 @@ def main() -> None:
             out = result_file(options.results, job)
             if out.exists() and not options.fresh:
                 continue
+            if str(options.folder) in command and command[0] == "loading.py":
+                llama_folder.make(options.folder, llama_folder.SHAPES["1.1b"])
             if why := run_job(job, command, out, options.seconds, extra):
                 print(f"   no result: {why}", flush=True)
-    results = collect(options.results)
+    results = collect([job for part in parts.values() for job in part], options.results)
     rows = [done_when.evaluate(target, results) for target in done_when.targets()]
     notes = HERE / "notes.md"
     text = notes.read_text(encoding="utf-8") if notes.exists() else ""

@@ -264,7 +264,7 @@ def test_a_target_is_met_from_its_bar_on() -> None:
     unmeasured = [done_when.evaluate(target, {}) for target in done_when.targets()]
     assert all(entry["figure"] is None and entry["met"] is None for entry in unmeasured)
     assert done_when.table(unmeasured).count("not measured") == len(unmeasured)
-    jobs = {job for part in run_all.jobs().values() for job in part}
+    jobs = {job for part in run_all.jobs(Path("x")).values() for job in part}
     assert {"decode 1", "peers 2", "prefill 2", "model ours", "loading", "sampling"} <= jobs
 
 
@@ -273,7 +273,7 @@ def test_run_keeps_results_and_writes_the_page(tmp_path: Path,
     command = ["linear.py", "--threads", "1", "--out-features", "64", "--in-features", "256",
                "--memory", "0.00003", "--rounds", "3", "--in-cache", "--more-rows", "8", "--only",
                "qllm nf4 auto"]
-    monkeypatch.setattr(run_all, "jobs", lambda: {
+    monkeypatch.setattr(run_all, "jobs", lambda folder: {
         "decode": {"decode 1": command}, "loading": {"loading": ["no_such_file.py"]}})
     words = ["run.py", "--results", str(tmp_path / "results"), "--docs", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
