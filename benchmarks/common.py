@@ -46,7 +46,8 @@ def measure(candidates: Sequence[Candidate], rounds: int, *, warmups: int = 2,
             seconds: float | None = None) -> dict[str, list[float]]:
     """Seconds per unit of work of every candidate in every round; the order turns by one from
     round to round. Libraries keep their threads spinning for a while, so each candidate waits until
-    those of the one before have gone to sleep. With `seconds`, no round starts later than that (but three are made)."""
+    those of the one before have gone to sleep. With `seconds`, no round starts later than that
+    (but three are made)."""
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     end = None if seconds is None else time.monotonic() + seconds
     for turn in range(-warmups, rounds):

@@ -1,5 +1,5 @@
-"""One linear layer y = x W^T in every format and compute mode, beside other libraries and the limits
-of the machine, in one process.
+"""One linear layer y = x W^T in every format and compute mode, beside other libraries and the
+limits of the machine, in one process.
 
     python benchmarks/linear.py --rows 1 --threads 2 --only 'qllm nf4*' 'ggml*' --json linear.json
 

@@ -7,7 +7,8 @@
 Each part is a few runs of the benchmarks beside this file, each in a process of its own with a
 result in JSON under --results; a run that has one is not repeated, so that an interrupted run goes
 on. The page has the machine, the versions, every target with its bar and figure, and what
-benchmarks/notes.md says about them; docs/performance.json has the same rows and every run's summary.
+benchmarks/notes.md says about them; docs/performance.json has the same rows and every run's
+summary.
 """
 
 from __future__ import annotations
@@ -163,10 +164,9 @@ def page(results: done_when.Results, rows: list[dict[str, Any]], notes: str) -> 
         f"{machine['threads_available']} threads, on {machine['date']}. Versions: {versions}.", "",
         "Candidates alternate within each round, in one process; a figure is the median of the "
         "ratios within the rounds. Layers: W 4096 x 11008, one row of x unless said, weights that "
-        "come from memory. Whole model: random weights of a Llama's shape with 1.1 billion of them, "
-        "a prompt of 32 tokens, 64 new ones.", "",
-        f"{met} of {len(rows)} targets are met"
-        f"{_unmeasured(rows)}.", "", done_when.table(rows), ""]
+        "come from memory. Whole model: random weights of a Llama's shape with 1.1 billion of "
+        "them, a prompt of 32 tokens, 64 new ones.", "",
+        f"{met} of {len(rows)} targets are met{_unmeasured(rows)}.", "", done_when.table(rows), ""]
     for job, result in results.items():
         if "candidates" in result:
             parts += [f"## Layer: {job} thread{'s' * (job[-1] != '1')}", "", layers_table(result),
