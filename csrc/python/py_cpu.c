@@ -348,10 +348,10 @@ static PyMethodDef functions[] = {
      "y = x W^T + bias, float32 (m, rows) for x float32 (m, cols), or (rows,) for (cols,), with\n"
      "the kernels of an instruction set (None: QLLM_CPU, or the best) and a number of threads\n"
      "(None: QLLM_THREADS, or one per core).  compute 'auto' rounds x to int16 by blocks for\n"
-     "4-bit weights and to bf16 for bf16 weights where the set has instructions for it; 'int8' rounds x\n"
-     "to int8 by blocks for 4-bit weights.  The bits depend on neither set nor threads.  int8:\n"
-     "|x| >= int8_threshold are outliers, taken row by row or, with 'batch', by columns of the\n"
-     "whole x as bitsandbytes does."},
+     "4-bit weights and to bf16 for bf16 weights where the set has instructions for it; 'int8'\n"
+     "rounds x to int8 by blocks for 4-bit weights.  The bits depend on neither set nor threads.\n"
+     "int8: |x| >= int8_threshold are outliers, taken row by row or, with 'batch', by columns of\n"
+     "the whole x as bitsandbytes does."},
     {"linear_name", (PyCFunction)(void (*)(void))py_linear_name, KEYWORDS,
      "linear_name($module, weight, m, *, isa=None, compute='exact')\n--\n\n"
      "Which kernel multiplies m rows by this weight."},
