@@ -220,19 +220,14 @@ QLLM_INLINE void lanes_store_int8(int8_t *p, lanes x)
                             vqmovn_s16(nearest_int16(x.c, x.d))));
 }
 
-/* of 8 columns: 1 3 5 7 0 2 4 6 */
-QLLM_INLINE void store_half_int16(int16_t *p, int16x8_t x)
-{
-    vst1_s16(p, vget_low_s16(vuzp2q_s16(x, x)));
-    vst1_s16(p + 4, vget_low_s16(vuzp1q_s16(x, x)));
-}
-
+/* as they come */
 QLLM_INLINE void lanes_store_int16(int16_t *p, lanes x)
 {
-    store_half_int16(p, nearest_int16(x.a, x.b));
-    store_half_int16(p + 8, nearest_int16(x.c, x.d));
+    vst1q_s16(p, nearest_int16(x.a, x.b));
+    vst1q_s16(p + 8, nearest_int16(x.c, x.d));
 }
 
+/* of 8 columns: 1 3 5 7 0 2 4 6 */
 QLLM_INLINE void lanes_store_quads(int8_t *p, lanes x)
 {
     static const uint8_t order[16] = {1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14};
@@ -431,44 +426,47 @@ QLLM_INLINE lanes_codes lanes_codes_load(const bool wide, const int16_t *codes)
     return (lanes_codes){bytes.val[0], bytes.val[1]};
 }
 
-/* Bytes of nibbles (4 rows of 4) to two vectors of int16 pairs. */
-QLLM_INLINE void decode_pairs(lanes_codes codes, uint8x16_t nibbles, uint32x4_t *first,
-                              uint32x4_t *second)
+QLLM_INLINE uint32x4_t pick_bytes_of(uint8x16_t table, uint32x4_t numbers)
+{
+    return vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(numbers)));
+}
+
+QLLM_INLINE uint32x4_t zipped(bool second, uint8x16_t low, uint8x16_t high)
+{
+    return vreinterpretq_u32_u8(second ? vzip2q_u8(low, high) : vzip1q_u8(low, high));
+}
+
+/* The codes of one column as int16, one a row: rows 0 .. 7, rows 8 .. 15. */
+QLLM_INLINE void decode_column(lanes_codes codes, uint8x16_t nibbles, uint32x4_t *first,
+                               uint32x4_t *second)
 {
     uint8x16_t low = vqtbl1q_u8(codes.low, nibbles), high = vqtbl1q_u8(codes.high, nibbles);
-    uint32x4_t upper = vreinterpretq_u32_u8(vzip1q_u8(low, high));
-    uint32x4_t lower = vreinterpretq_u32_u8(vzip2q_u8(low, high));
-    *first = vuzp1q_u32(upper, lower);
-    *second = vuzp2q_u32(upper, lower);
+    *first = zipped(false, low, high);
+    *second = zipped(true, low, high);
 }
 
-QLLM_INLINE void decode_quarter(const bool wide, lanes_codes codes, uint32x4_t line,
-                                uint32x4_t *out)
-{
-    uint8x16_t bytes = vreinterpretq_u8_u32(line);
-    uint8x16_t odd = vandq_u8(bytes, vdupq_n_u8(15)), even = vshrq_n_u8(bytes, 4);
-    if (wide) {
-        decode_pairs(codes, odd, &out[0], &out[1]);
-        decode_pairs(codes, even, &out[2], &out[3]);
-    } else {
-        out[0] = vreinterpretq_u32_u8(vqtbl1q_u8(codes.low, odd));
-        out[1] = vreinterpretq_u32_u8(vqtbl1q_u8(codes.low, even));
-    }
-}
-
+/* int16: vector j holds columns 2 j and 2 j + 1, each a half, since multiplying by a number that is
+ * the same for all lanes is what Arm's int16 products are good at.  int8: four columns a row. */
 QLLM_INLINE code_vectors lanes_decode(const bool wide, lanes_codes codes, const uint8_t *at)
 {
+    const uint8x16_t mask = vdupq_n_u8(15);
     code_vectors out;
-    uint32x4_t a[4], b[4], c[4], d[4];
-    const int vectors = wide ? 4 : 2;
+    if (wide) {
+        uint8x16x4_t bytes = vld4q_u8(at);
+        LANES_UNROLL
+        for (int j = 0; j < 4; j++) {
+            decode_column(codes, vshrq_n_u8(bytes.val[j], 4), &out.v[j].a, &out.v[j].b);
+            decode_column(codes, vandq_u8(bytes.val[j], mask), &out.v[j].c, &out.v[j].d);
+        }
+        return out;
+    }
     ilanes line = ilanes_load(at);
-    decode_quarter(wide, codes, line.a, a);
-    decode_quarter(wide, codes, line.b, b);
-    decode_quarter(wide, codes, line.c, c);
-    decode_quarter(wide, codes, line.d, d);
-    LANES_UNROLL
-    for (int j = 0; j < vectors; j++)
-        out.v[j] = (ilanes){a[j], b[j], c[j], d[j]};
+    ilanes odd = ilanes_and(line, ilanes_set1(0x0f0f0f0f));
+    ilanes even = ilanes_and(ilanes_shift_right(line, 4), ilanes_set1(0x0f0f0f0f));
+    out.v[0] = (ilanes){pick_bytes_of(codes.low, odd.a), pick_bytes_of(codes.low, odd.b),
+                        pick_bytes_of(codes.low, odd.c), pick_bytes_of(codes.low, odd.d)};
+    out.v[1] = (ilanes){pick_bytes_of(codes.low, even.a), pick_bytes_of(codes.low, even.b),
+                        pick_bytes_of(codes.low, even.c), pick_bytes_of(codes.low, even.d)};
     return out;
 }
 
@@ -479,11 +477,19 @@ QLLM_INLINE ilanes ilanes_codes_start(const bool wide, int32_t sum_of_x)
     return ilanes_set1(0);
 }
 
-QLLM_INLINE uint32x4_t pairs_quarter(uint32x4_t sum, uint32x4_t w, int16x8_t x)
+/* sum + w * x[column] of the first or the last four rows of eight */
+QLLM_INLINE uint32x4_t add_low_rows(uint32x4_t sum, uint32x4_t w, int16x4_t x, int column)
 {
-    int16x8_t pairs = vreinterpretq_s16_u32(w);
-    int32x4_t low = vmull_s16(vget_low_s16(pairs), vget_low_s16(x));
-    return vaddq_u32(sum, ilanes_unsigned(vpaddq_s32(low, vmull_high_s16(pairs, x))));
+    int16x4_t rows = vget_low_s16(vreinterpretq_s16_u32(w));
+    return ilanes_unsigned(column == 0 ? vmlal_lane_s16(ilanes_signed(sum), rows, x, 0)
+                                       : vmlal_lane_s16(ilanes_signed(sum), rows, x, 1));
+}
+
+QLLM_INLINE uint32x4_t add_high_rows(uint32x4_t sum, uint32x4_t w, int16x4_t x, int column)
+{
+    int16x8_t rows = vreinterpretq_s16_u32(w);
+    return ilanes_unsigned(column == 0 ? vmlal_high_lane_s16(ilanes_signed(sum), rows, x, 0)
+                                       : vmlal_high_lane_s16(ilanes_signed(sum), rows, x, 1));
 }
 
 QLLM_INLINE ilanes ilanes_dot_codes(const bool wide, ilanes sum, ilanes w, const void *x)
@@ -492,9 +498,11 @@ QLLM_INLINE ilanes ilanes_dot_codes(const bool wide, ilanes sum, ilanes w, const
     memcpy(&dword, x, sizeof dword);
     if (!wide)
         return ilanes_dot(sum, w, ilanes_dot_word(dword));
-    int16x8_t q = vreinterpretq_s16_s32(vdupq_n_s32(dword));
-    return (ilanes){pairs_quarter(sum.a, w.a, q), pairs_quarter(sum.b, w.b, q),
-                    pairs_quarter(sum.c, w.c, q), pairs_quarter(sum.d, w.d, q)};
+    int16x4_t q = vreinterpret_s16_s32(vdup_n_s32(dword));
+    sum = (ilanes){add_low_rows(sum.a, w.a, q, 0), add_high_rows(sum.b, w.a, q, 0),
+                   add_low_rows(sum.c, w.b, q, 0), add_high_rows(sum.d, w.b, q, 0)};
+    return (ilanes){add_low_rows(sum.a, w.c, q, 1), add_high_rows(sum.b, w.c, q, 1),
+                    add_low_rows(sum.c, w.d, q, 1), add_high_rows(sum.d, w.d, q, 1)};
 }
 
 QLLM_INLINE void lanes_unit_values(const float *values, const uint8_t (*planes)[256], ilanes line,
