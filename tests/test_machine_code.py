@@ -27,7 +27,6 @@ MULTIPLY = re.compile(r"vfn?m(add|sub)\w+|vdpbf16ps|vpdp\w+|vpmadd\w+|fml[as]|[s
 
 # what gcc 12 still spills, vectors a turn of the loop: no more than that, and nowhere else
 STILL_SPILLED = {
-    ("linear_avx2.c", "linear_any"): 3,
     ("linear_avx2.c", "linear_int8"): 3,
     ("linear_avx2.c", "linear_blocks_int16"): 8,
     ("linear_avx2.c", "linear_nested_int16"): 7,
@@ -102,8 +101,8 @@ def test_inner_loops_neither_spill_nor_call(
     isa: str, kernels: dict[str, list[machine_code.Function]]
 ) -> None:
     files = [file for file in kernels if file.endswith(f"_{isa}.c")]
-    # each layout has loops for one row and for more
-    assert sum(len(hot_loops(function)) for file in files for function in kernels[file]) >= 10
+    # there are loops for one row and for more, or the search has missed them
+    assert sum(len(hot_loops(function)) for file in files for function in kernels[file]) >= 4
     found = [line for file in files for function in kernels[file]
              for line in complaints(function, STILL_SPILLED.get((file, function.name), 0))]
     assert not found, "\n".join(found)
