@@ -92,7 +92,7 @@ def true_activation(name: str, x: np.ndarray) -> np.ndarray:
     if name == "silu":
         return x * special.expit(x)
     if name == "gelu":
-        return 0.5 * x * (1 + special.erf(x / np.sqrt(2)))
+        return x * special.ndtr(x)
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
@@ -101,10 +101,43 @@ def test_silu_is_accurate_on_both_sides() -> None:
     assert ulps(op("core", "silu", x), true_activation("silu", x)).max() <= 3.0
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
-def test_gelu_is_accurate(name: str) -> None:
+def test_gelu_is_accurate_on_both_sides() -> None:
+    z = np.concatenate([rng(4).uniform(0, 12.9, 200_000), np.abs(rng(5).normal(0, 2, 100_000)),
+                        np.geomspace(1e-30, 14.6, 100_000), 1 + np.arange(-99, 99) * 2.0**-24])
+    z = z.astype(F32)
+    assert ulps(op("core", "gelu", z), true_activation("gelu", z)).max() <= 1.3
+    value, true = op("core", "gelu", -z), true_activation("gelu", -z)
+    assert ulps(value, true)[z < 12.9].max() <= 7.5
+    assert np.max(np.abs(value - true) / np.maximum(np.abs(true), 1e-7)) <= 3.6 * 2.0**-23
+
+
+def test_gelu_knows_the_error_function() -> None:
+    z = np.concatenate([rng(23).uniform(0, 3, 200_000), np.geomspace(1e-20, 14, 50_000)])
+    z = z.astype(F32)
+    erf = 1 + 2 * op("core", "gelu", -z).astype(np.float64) / z  # gelu(-z) = -z (1 - erf) / 2
+    rounding = 2.0**-24 * special.erfc(z / np.sqrt(2))  # of that product
+    assert np.max(np.abs(erf - special.erf(z.astype(np.float64) / np.sqrt(2))) - rounding) <= 1e-7
+
+
+def test_gelu_at_its_limits() -> None:
+    x = np.array([0.0, -0.0, 1e-40, 14.5, 3e38, np.inf, -14.5, -3e38, -np.inf, np.nan], F32)
+    y = op("core", "gelu", x)
+    expected = [0, 0, F32(1e-40) / F32(2), 14.5, F32(3e38), np.inf, 0, 0, 0]
+    np.testing.assert_array_equal(y[:9], expected)
+    assert not np.signbit(y[0]) and np.signbit(y[1]) and np.isnan(y[9])
+
+
+def test_gelu_is_that_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    x = np.concatenate([rng(24).uniform(-14, 14, 50_000), rng(25).normal(0, 1, 50_000)])
+    x = x.astype(F32)
+    golden = torch.nn.functional.gelu(torch.from_numpy(x).double()).numpy()
+    np.testing.assert_allclose(op("core", "gelu", x), golden, rtol=4e-7, atol=1e-14)
+
+
+def test_gelu_tanh_is_accurate() -> None:
     x = np.concatenate([rng(4).uniform(-12, 12, 100_000), rng(5).normal(0, 2, 100_000)]).astype(F32)
-    value, true = op("core", name, x), true_activation(name, x)
+    value, true = op("core", "gelu_tanh", x), true_activation("gelu_tanh", x)
     right = x > -0.5
     assert ulps(value[right], true[right]).max() <= 5.0
     # On the far left the true value is a small difference: the error is small beside x instead.
@@ -115,9 +148,10 @@ def test_gelu_is_accurate(name: str) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_have_the_bits_of_the_core(isa: str, name: str) -> None:
     special_values = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3e38, -3e38, 88.8,
-                               -88.8, -104.5], F32)
+                               -88.8, -104.5, 1.0, -1.0, 0.99999994, 14.5, -14.5, -13.9], F32)
     for n in SIZES:
-        x = np.resize(np.concatenate([special_values, normal(rng(6, n), 300) * 20]), n + 12)[-n:]
+        x = np.concatenate([special_values, normal(rng(6, n), 300) * 20])
+        x = np.resize(x, n + len(special_values))[-n:]
         up = normal(rng(7, n), n)
         y = op("core", name, x)
         assert_same_bits(op(isa, name, x), y)

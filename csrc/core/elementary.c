@@ -37,13 +37,48 @@ float qllm_siluf(float x)
     return (x < 0.0f ? x * e : x) / (1.0f + e);
 }
 
+/* erfc(z / sqrt 2) / 2 for 0 <= z < 1 */
+static float tail_near(float z)
+{
+    float s = z * z, a = QLLM_GELU_A5;
+    a = fmaf(a, s, QLLM_GELU_A4);
+    a = fmaf(a, s, QLLM_GELU_A3);
+    a = fmaf(a, s, QLLM_GELU_A2);
+    a = fmaf(a, s, QLLM_GELU_A1);
+    a = fmaf(a, s, QLLM_GELU_A0);
+    return fmaf(-z, a, 0.5f);
+}
+
+/* erfc(z / sqrt 2) / 2 for 1 <= z <= 14.5 */
+static float tail_far(float z)
+{
+    float s = z * z, d = fmaf(z, z, -s);
+    float e = qllm_expf(-0.5f * s);
+    e = fmaf(e, -0.5f * d, e);
+    float p = QLLM_GELU_N4, q = QLLM_GELU_D5;
+    p = fmaf(p, z, QLLM_GELU_N3);
+    p = fmaf(p, z, QLLM_GELU_N2);
+    p = fmaf(p, z, QLLM_GELU_N1);
+    p = fmaf(p, z, QLLM_GELU_N0);
+    q = fmaf(q, z, QLLM_GELU_D4);
+    q = fmaf(q, z, QLLM_GELU_D3);
+    q = fmaf(q, z, QLLM_GELU_D2);
+    q = fmaf(q, z, QLLM_GELU_D1);
+    q = fmaf(q, z, QLLM_GELU_D0);
+    return e * (p / q);
+}
+
 float qllm_geluf(float x)
 {
-    return 0.5f * x * (1.0f + erff(x * QLLM_SQRT_HALF));
+    if (x != x)
+        return x;
+    float z = fabsf(x) < QLLM_GELU_LIMIT ? fabsf(x) : QLLM_GELU_LIMIT;
+    float tail = z < 1.0f ? tail_near(z) : tail_far(z);
+    return fmaf(-z, tail, x < 0.0f ? 0.0f : x);
 }
 
 float qllm_gelu_tanhf(float x)
 {
-    float argument = fmaf(x * x, QLLM_GELU_B, QLLM_GELU_A) * x;
+    float argument = fmaf(x * x, QLLM_GELU_TANH_B, QLLM_GELU_TANH_A) * x;
     return x / (1.0f + qllm_expf(argument));
 }

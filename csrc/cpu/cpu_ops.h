@@ -100,7 +100,8 @@ typedef struct qllm_cpu_ops {
     void (*rope)(float *x, const float *cos, const float *sin, int64_t half);
     void (*attention)(const qllm_attention *args);
     /* y = act(gate) * up; up NULL: y = act(gate); y may be gate.
-     * silu: x / (1 + exp(-x)); gelu: x/2 (1 + erf(x/sqrt 2)); gelu_tanh: its tanh form */
+     * silu: x / (1 + exp(-x)); gelu: x/2 (1 + erf(x/sqrt 2)); gelu_tanh: its tanh form;
+     * exactly the operations of core/elementary.h */
     void (*silu)(const float *gate, const float *up, int64_t n, float *y);
     void (*gelu)(const float *gate, const float *up, int64_t n, float *y);
     void (*gelu_tanh)(const float *gate, const float *up, int64_t n, float *y);

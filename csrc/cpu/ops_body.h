@@ -105,19 +105,50 @@ QLLM_INLINE lanes lanes_silu(lanes x)
 
 QLLM_INLINE lanes lanes_gelu_tanh(lanes x)
 {
-    lanes cubic = lanes_fma(lanes_mul(x, x), lanes_set1(QLLM_GELU_B), lanes_set1(QLLM_GELU_A));
+    lanes cubic = lanes_fma(lanes_mul(x, x), lanes_set1(QLLM_GELU_TANH_B),
+                            lanes_set1(QLLM_GELU_TANH_A));
     lanes e = lanes_exp(lanes_mul(cubic, x));
     return lanes_div(x, lanes_add(lanes_set1(1.0f), e));
 }
 
+/* erfc(z / sqrt 2) / 2 for 0 <= z < 1, s = z * z */
+QLLM_INLINE lanes lanes_tail_near(lanes z, lanes s)
+{
+    lanes a = lanes_set1(QLLM_GELU_A5);
+    a = lanes_fma(a, s, lanes_set1(QLLM_GELU_A4));
+    a = lanes_fma(a, s, lanes_set1(QLLM_GELU_A3));
+    a = lanes_fma(a, s, lanes_set1(QLLM_GELU_A2));
+    a = lanes_fma(a, s, lanes_set1(QLLM_GELU_A1));
+    a = lanes_fma(a, s, lanes_set1(QLLM_GELU_A0));
+    return lanes_fma(lanes_negate(z), a, lanes_set1(0.5f));
+}
+
+/* The same for 1 <= z <= 14.5. */
+QLLM_INLINE lanes lanes_tail_far(lanes z, lanes s)
+{
+    const lanes minus_half = lanes_set1(-0.5f);
+    lanes d = lanes_fma(z, z, lanes_negate(s));
+    lanes e = lanes_exp(lanes_mul(minus_half, s));
+    e = lanes_fma(e, lanes_mul(minus_half, d), e);
+    lanes p = lanes_set1(QLLM_GELU_N4), q = lanes_set1(QLLM_GELU_D5);
+    p = lanes_fma(p, z, lanes_set1(QLLM_GELU_N3));
+    p = lanes_fma(p, z, lanes_set1(QLLM_GELU_N2));
+    p = lanes_fma(p, z, lanes_set1(QLLM_GELU_N1));
+    p = lanes_fma(p, z, lanes_set1(QLLM_GELU_N0));
+    q = lanes_fma(q, z, lanes_set1(QLLM_GELU_D4));
+    q = lanes_fma(q, z, lanes_set1(QLLM_GELU_D3));
+    q = lanes_fma(q, z, lanes_set1(QLLM_GELU_D2));
+    q = lanes_fma(q, z, lanes_set1(QLLM_GELU_D1));
+    q = lanes_fma(q, z, lanes_set1(QLLM_GELU_D0));
+    return lanes_mul(e, lanes_div(p, q));
+}
+
 QLLM_INLINE lanes lanes_gelu(lanes x)
 {
-    float value[16];
-    lanes_store(value, lanes_mul(x, lanes_set1(QLLM_SQRT_HALF)));
-    for (int i = 0; i < 16; i++)
-        value[i] = erff(value[i]);
-    return lanes_mul(lanes_mul(lanes_set1(0.5f), x),
-                     lanes_add(lanes_set1(1.0f), lanes_load(value)));
+    lanes z = lanes_min(lanes_set1(QLLM_GELU_LIMIT), lanes_abs(x)), s = lanes_mul(z, z);
+    lanes tail = lanes_where_negative(lanes_sub(z, lanes_set1(1.0f)), lanes_tail_near(z, s),
+                                      lanes_tail_far(z, s));
+    return lanes_fma(lanes_negate(z), tail, lanes_max(lanes_zero(), x));
 }
 
 typedef enum activation { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH } activation;
