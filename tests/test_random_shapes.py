@@ -78,7 +78,8 @@ def largest_by_block(q: qllm.QuantizedTensor) -> np.ndarray:
     if absmax is None:
         of_group = q.nested_absmax[np.arange(q.absmax_codes.size) // 256]
         absmax = q.nested_quant_map[q.absmax_codes] * of_group + F32(q.offset)
-    return np.repeat(absmax, q.blocksize)[: rows * cols].reshape(rows, cols).astype(np.float64)
+    of_each = np.repeat(np.abs(absmax), q.blocksize)[: rows * cols]  # a nested one may be below 0
+    return of_each.reshape(rows, cols).astype(np.float64)
 
 
 @pytest.mark.parametrize("format", FORMATS)
