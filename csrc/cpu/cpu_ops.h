@@ -75,7 +75,7 @@ typedef struct qllm_cpu_ops {
      * the sums of core/linear_ref.h.  bias (rows) or NULL. */
     void (*linear)(const qllm_packed *weight, const float *bias, const qllm_rows *rows,
                    int64_t tile_begin, int64_t tile_end, float *y, int64_t y_stride);
-    /* What `linear` runs for a weight, a tier and m rows: "nf4 avx512, fused, 1-4 rows". Static. */
+    /* What `linear` runs for a weight, a tier and m rows: "nf4 avx512, fused, few rows". Static. */
     const char *(*linear_name)(const qllm_packed *weight, qllm_tier tier, int64_t m);
     /* As qllm_int8_activation of core/quant.h; writes zeros behind cols up to a multiple of 64. */
     void (*int8_activation)(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,

@@ -5,7 +5,7 @@
  * one chain per group of 32 columns and one chain across groups is what a lane computes in any
  * case.  Speed comes from independent chains side by side: groups, rows of x, tiles.
  *
- *   fused:  up to 4 rows of x; codes are decoded in registers, once for all these rows
+ *   fused:  few rows of x, four at a time; codes are decoded in registers, once for these four
  *   block:  more rows; BLOCK_COLUMNS columns of a few tiles are decoded into a small buffer, which
  *           every row then uses.  There is no other copy of decoded weights anywhere. */
 #ifndef QLLM_CPU_LINEAR_BODY_H
@@ -19,6 +19,7 @@
 #include "cpu/tile_stream.h"
 
 enum {
+    FUSED_ROWS_MAX = 4, /* in one pass */
     CHAINS_MAX = 2,     /* divides 4 blocks, so that a run of groups stays inside a unit */
     BLOCK_COLUMNS = 128,
     BLOCK_GROUPS = BLOCK_COLUMNS / QLLM_GROUP
@@ -317,7 +318,7 @@ QLLM_INLINE void linear_layout(qllm_layout kind, bool nested, const qllm_packed 
     if (packed->cols == 0)
         for (; tile < end; tile++)
             write_bias(packed, bias, in, tile, y, y_stride);
-    if (in->m <= FUSED_ROWS_MAX && kind != QLLM_LAYOUT_BYTES)
+    if (in->m <= FEW_ROWS && kind != QLLM_LAYOUT_BYTES)
         for (; tile < end; tile++)
             fused(kind, nested, packed, bias, in, tile, y, y_stride);
     for (; tile + LANES_BLOCK_TILES <= end; tile += LANES_BLOCK_TILES)

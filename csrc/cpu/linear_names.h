@@ -6,15 +6,15 @@
 #include "cpu/cpu_ops.h"
 #include "cpu/packed_layout.h"
 
-enum { FUSED_ROWS_MAX = 4 /* more rows take the block kernel of tier exact */ };
+enum { FEW_ROWS = 16 /* more take the block kernel of tier exact */ };
 
 static const char *linear_any_name(const qllm_packed *packed, qllm_tier tier, int64_t m)
 {
     static const char *const fused[QLLM_FORMAT_COUNT] = {
-        "f32 " LANES_ISA ", 1-4 rows",           "f16 " LANES_ISA ", 1-4 rows",
-        "bf16 " LANES_ISA ", 1-4 rows",          "nf4 " LANES_ISA ", fused, 1-4 rows",
-        "fp4 " LANES_ISA ", fused, 1-4 rows",    "nf4-dq " LANES_ISA ", fused, 1-4 rows",
-        "fp4-dq " LANES_ISA ", fused, 1-4 rows", "int8 " LANES_ISA ", 1 row",
+        "f32 " LANES_ISA ", few rows",           "f16 " LANES_ISA ", few rows",
+        "bf16 " LANES_ISA ", few rows",          "nf4 " LANES_ISA ", fused, few rows",
+        "fp4 " LANES_ISA ", fused, few rows",    "nf4-dq " LANES_ISA ", fused, few rows",
+        "fp4-dq " LANES_ISA ", fused, few rows", "int8 " LANES_ISA ", 1 row",
     };
     static const char *const blocks[QLLM_FORMAT_COUNT] = {
         "f32 " LANES_ISA ", blocks of rows",    "f16 " LANES_ISA ", blocks of rows",
@@ -48,7 +48,7 @@ static const char *linear_any_name(const qllm_packed *packed, qllm_tier tier, in
     }
     if (packed->layout == QLLM_LAYOUT_BYTES)
         return bytes[packed->format];
-    int64_t few = packed->layout == QLLM_LAYOUT_INT8 ? 1 : FUSED_ROWS_MAX;
+    int64_t few = packed->layout == QLLM_LAYOUT_INT8 ? 1 : FEW_ROWS;
     return m <= few ? fused[packed->format] : blocks[packed->format];
 }
 
