@@ -116,6 +116,15 @@ static bool blocks(const qllm_code_table *table, const void *source, qllm_dtype 
     return instances[table->is_fp4][dtype](table, source, n, blocksize, bytes, absmax);
 }
 
+/* n < 16 values, and `fill` behind. */
+QLLM_INLINE lanes load_filled(const float *p, int64_t n, float fill)
+{
+    float values[16];
+    lanes_store(values, lanes_set1(fill));
+    memcpy(values, p, (size_t)n * sizeof *p);
+    return lanes_load(values);
+}
+
 static void nested_codes(const qllm_nested_table *table, const float *absmax, int64_t n,
                          float offset, float largest, uint8_t *codes)
 {
@@ -123,8 +132,9 @@ static void nested_codes(const qllm_nested_table *table, const float *absmax, in
     const ilanes bins = ilanes_set1(QLLM_NESTED_BINS);
     for (int64_t i = 0; i < n; i += 16) {
         int64_t width = n - i < 16 ? n - i : 16;
-        lanes x = lanes_sub(lanes_load_n(absmax + i, width), lanes_set1(offset));
-        x = lanes_div(x, lanes_set1(largest));
+        /* what fills the last lanes must lie within the table too */
+        lanes x = width == 16 ? lanes_load(absmax + i) : load_filled(absmax + i, width, offset);
+        x = lanes_div(lanes_sub(x, lanes_set1(offset)), lanes_set1(largest));
         ilanes bits = lanes_bits(x), magnitude = ilanes_max(ilanes_and(bits, all), lowest);
         ilanes bin = ilanes_shift_right(ilanes_sub(magnitude, lowest), QLLM_NESTED_SHIFT);
         bin = ilanes_add(bin, ilanes_and(ilanes_negative(bits), bins));
