@@ -4,15 +4,8 @@
 #include <math.h>
 
 #include "core/dtype.h"
+#include "core/elementary.h"
 #include "core/quant.h"
-
-/* |x| <= 2^22: adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even. */
-static const float round_constant = 12582912.0f;
-
-static float round_half_even(float x)
-{
-    return (x + round_constant) - round_constant;
-}
 
 float qllm_block_activation(const float *x, int64_t n, int limit, int16_t *q)
 {
@@ -20,7 +13,7 @@ float qllm_block_activation(const float *x, int64_t n, int limit, int16_t *q)
     float factor = (float)limit / absmax;
     bool usable = isfinite(absmax) && isfinite(factor);
     for (int64_t k = 0; k < n; k++)
-        q[k] = usable ? (int16_t)round_half_even(x[k] * factor) : 0;
+        q[k] = usable ? (int16_t)qllm_round_half_even(x[k] * factor) : 0;
     return usable ? absmax / (float)limit : isfinite(absmax) ? 0.0f : NAN;
 }
 
@@ -47,6 +40,6 @@ float qllm_integer_codes(const float code[16], int limit, int16_t codes[16])
     float factor = (float)limit / largest;
     bool usable = isfinite(largest) && isfinite(factor);
     for (int i = 0; i < 16; i++)
-        codes[i] = usable ? (int16_t)round_half_even(code[i] * factor) : 0;
+        codes[i] = usable ? (int16_t)qllm_round_half_even(code[i] * factor) : 0;
     return usable ? largest / (float)limit : isfinite(largest) ? 0.0f : NAN;
 }

@@ -72,4 +72,11 @@ float qllm_siluf(float x);
 float qllm_geluf(float x);
 float qllm_gelu_tanhf(float x);
 
+/* |x| < 2^22 to the nearest integer, ties to even, in two additions that become vector code
+ * everywhere. */
+static inline float qllm_round_half_even(float x)
+{
+    return (x + QLLM_EXP_ROUND) - QLLM_EXP_ROUND;
+}
+
 #endif

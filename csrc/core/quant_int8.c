@@ -2,18 +2,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/elementary.h"
 #include "core/quant.h"
 
 enum { CHUNK = 1024 };
-
-/* Adding and subtracting 1.5 * 2^23 rounds |x| < 2^22 to an integer, ties to even, in two additions
- * that become vector code everywhere. */
-static const float round_constant = 12582912.0f;
-
-static inline float round_half_even(float x)
-{
-    return (x + round_constant) - round_constant;
-}
 
 /* bitsandbytes casts weights to float16 first, whatever their dtype. */
 static void round_to_half(float *x, int64_t n)
@@ -26,13 +18,13 @@ static void round_to_half(float *x, int64_t n)
 static void encode_half(const float *x, int64_t n, float scale, int8_t *out)
 {
     for (int64_t i = 0; i < n; i++)
-        out[i] = (int8_t)(int32_t)round_half_even(x[i] * scale);
+        out[i] = (int8_t)(int32_t)qllm_round_half_even(x[i] * scale);
 }
 
 static void encode_wide(const float *x, int64_t n, double scale, int8_t *out)
 {
     for (int64_t i = 0; i < n; i++)
-        out[i] = (int8_t)(int32_t)round_half_even((float)(x[i] * scale));
+        out[i] = (int8_t)(int32_t)qllm_round_half_even((float)(x[i] * scale));
 }
 
 static const uint8_t *row_at(const qllm_tensor *source, int64_t row, int64_t column)
@@ -121,6 +113,6 @@ void qllm_int8_activation(const float *x, int64_t cols, float threshold, int8_t 
     *scale = usable ? absmax / 127.0f : isfinite(absmax) ? 0.0f : NAN;
     for (int64_t k = 0; k < cols; k++) {
         bool counts = usable && !is_outlier(x[k], threshold);
-        q[k] = counts ? (int8_t)round_half_even(x[k] * factor) : 0;
+        q[k] = counts ? (int8_t)qllm_round_half_even(x[k] * factor) : 0;
     }
 }
