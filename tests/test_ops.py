@@ -253,11 +253,11 @@ def panels(k: np.ndarray) -> np.ndarray:
     return whole.reshape(-1, 16, head_dim).transpose(0, 2, 1).ravel()
 
 
-def attend(isa: str, q, k, v, counts, begin, end, scale, bias=None) -> np.ndarray:
+def attend(isa: str, q, k, v, counts, begin, end, scale, bias=None, parts=0) -> np.ndarray:
     edges = np.cumsum([0, *counts])
     pairs = list(zip(edges[:-1], edges[1:]))
     return _core._attention_test(isa, q, np.concatenate([panels(k[a:b]) for a, b in pairs]),
-                                 v.ravel(), list(counts), bias, begin, end, scale)
+                                 v.ravel(), list(counts), bias, begin, end, scale, parts)
 
 
 ATTENTION_CASES = [
@@ -299,6 +299,18 @@ def test_attention(isa: str, case: int, with_bias: bool) -> None:
         alone = None if bias is None else bias[h:h + 1]
         assert_same_bits(y[h:h + 1], attend(isa, q[h:h + 1], k, v, counts, begin, end,
                                             float(scale), alone))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("case", [c for c, (heads, *_) in enumerate(ATTENTION_CASES) if heads <= 4])
+def test_attention_in_parts(isa: str, case: int, parts: int) -> None:
+    heads, head_dim, counts, begin, end = ATTENTION_CASES[case]
+    r, total = rng(28, case), sum(counts)
+    q, k, v = normal(r, heads, head_dim), normal(r, total, head_dim), normal(r, total, head_dim)
+    bias = normal(r, heads, total)
+    whole = attend(isa, q, k, v, counts, begin, end, 0.3, bias)
+    assert_same_bits(whole, attend(isa, q, k, v, counts, begin, end, 0.3, bias, parts))
 
 
 @pytest.mark.parametrize("isa", SETS)

@@ -215,6 +215,25 @@ def test_workers_come(threads: int) -> None:
 
 
 @pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize("make", [falcon, lambda **c: llama(**c, sliding_window=np.array([0, 900]))])
+def test_a_long_context_shared_by_threads_gives_the_same_bits(make) -> None:
+    weights = Weights(make(max_positions=1200, kv_heads=1), seed=3)
+    ids = np.random.default_rng(4).integers(0, 37, 1100)
+
+    def logits(threads: int) -> np.ndarray:
+        decoder = weights.decoder(threads=threads)
+        sequence = decoder.sequence()
+        prefill(decoder, ids[:700], sequence)
+        fork = sequence.fork()  # its keys begin a block in the middle
+        prefill(decoder, ids[700:1090], fork)
+        return np.concatenate([decoder.step([fork], [token]) for token in ids[1090:]])
+
+    alone = logits(1)
+    for threads in (2, 8):
+        np.testing.assert_array_equal(logits(threads), alone)
+
+
+@pytest.mark.usefixtures("eight_cores")
 @pytest.mark.parametrize("format", ["f32", "nf4", "int8"])
 @pytest.mark.parametrize("make", [llama, falcon])
 def test_one_to_eight_threads_give_the_same_bits(make, format: str) -> None:

@@ -18,9 +18,9 @@ QLLM_INLINE int chains_for(const int heads)
 }
 
 /* q . k of `heads` heads and `chains` panels of 16 positions, from `k` on; head h into
- * out + h * stride. */
+ * out + h * stride.  The last panel gives `width` positions. */
 QLLM_INLINE void dot_panels(const int heads, const int chains, const float *q, const float *k,
-                            int64_t head_dim, float *out, int64_t stride)
+                            int64_t head_dim, int64_t width, float *out, int64_t stride)
 {
     lanes sum[ATTENTION_HEADS][ATTENTION_CHAINS];
     LANES_UNROLL
@@ -45,28 +45,48 @@ QLLM_INLINE void dot_panels(const int heads, const int chains, const float *q, c
     for (int h = 0; h < heads; h++)
         LANES_UNROLL
         for (int c = 0; c < chains; c++)
-            lanes_store(out + h * stride + c * QLLM_KV_PANEL, sum[h][c]);
+            lanes_store_n(out + h * stride + c * QLLM_KV_PANEL, sum[h][c],
+                          c + 1 < chains ? QLLM_KV_PANEL : width);
 }
 
-/* The dot products of positions [begin, end) of `heads` heads; head h into dots + h * stride.  16
- * floats before each row and behind its last one are written too, since panels are whole. */
-QLLM_INLINE void dot_spans(const int heads, const qllm_attention *args, const float *q, float *dots,
-                           int64_t stride)
+static int64_t weights_stride(const qllm_attention *args)
+{
+    return qllm_attention_scratch(args->end - args->begin, 1);
+}
+
+/* Where the scores and then the weights of head h lie.  Up to 16 floats before them are written too,
+ * since panels are whole; in the end the float before them is 1 / the sum of the weights. */
+static float *weights_of(const qllm_attention *args, int64_t h)
+{
+    return args->scores + QLLM_KV_PANEL + h * weights_stride(args);
+}
+
+/* The dot products of the heads h .. h + heads - 1 with the keys of the spans [first, last). */
+QLLM_INLINE void dot_spans(const int heads, const qllm_attention *args, int64_t h, int64_t first,
+                           int64_t last)
 {
     const int64_t head_dim = args->head_dim, panel_size = head_dim * QLLM_KV_PANEL;
+    const int64_t stride = weights_stride(args);
     const int chains = chains_for(heads);
+    const float *q = args->q + h * head_dim;
+    float *dots = weights_of(args, h);
     int64_t start = 0; /* position of the span's first key */
-    for (int64_t s = 0; s < args->n_spans && start < args->end; s++) {
+    for (int64_t s = 0; s < first; s++)
+        start += args->spans[s].count;
+    for (int64_t s = first; s < last && start < args->end; s++) {
         const qllm_kv_span *span = &args->spans[s];
         int64_t from = args->begin > start ? args->begin - start : 0;
         int64_t to = args->end - start < span->count ? args->end - start : span->count;
-        int64_t panel = from / QLLM_KV_PANEL, panels = (to + QLLM_KV_PANEL - 1) / QLLM_KV_PANEL;
+        int64_t panel = from / QLLM_KV_PANEL, whole = to / QLLM_KV_PANEL, rest = to % QLLM_KV_PANEL;
         float *out = dots + (start - args->begin);
-        for (; from < to && panel + chains <= panels; panel += chains)
-            dot_panels(heads, chains, q, span->k + panel * panel_size, head_dim,
+        for (; panel + chains <= whole; panel += chains)
+            dot_panels(heads, chains, q, span->k + panel * panel_size, head_dim, QLLM_KV_PANEL,
                        out + panel * QLLM_KV_PANEL, stride);
-        for (; from < to && panel < panels; panel++)
-            dot_panels(heads, 1, q, span->k + panel * panel_size, head_dim,
+        for (; panel < whole; panel++)
+            dot_panels(heads, 1, q, span->k + panel * panel_size, head_dim, QLLM_KV_PANEL,
+                       out + panel * QLLM_KV_PANEL, stride);
+        if (from < to && rest > 0)
+            dot_panels(heads, 1, q, span->k + panel * panel_size, head_dim, rest,
                        out + panel * QLLM_KV_PANEL, stride);
         start += span->count;
     }
@@ -97,19 +117,21 @@ static float softmax_numerators(float *dots, int64_t n, float scale, const float
     return lanes_sum(sum);
 }
 
-/* out[d ..] of `chains` vectors of `heads` heads: sum over positions of e_j * v_jd, times the scale
- * of the head.  One vector alone may be a part of one. */
+/* Elements [d, d + 16 * chains) of the outputs of the heads h .. h + heads - 1: sum over positions of
+ * weight * value, times the scale of the head.  One vector alone may be a part of one. */
 QLLM_INLINE void sum_values(const int heads, const int chains, const bool whole,
-                            const qllm_attention *args, const float *e, int64_t stride, int64_t d,
-                            const float *scale, float *out)
+                            const qllm_attention *args, int64_t h, int64_t d)
 {
     lanes sum[ATTENTION_HEADS][ATTENTION_CHAINS];
+    const float *e = weights_of(args, h);
     int64_t start = 0, width = whole ? 16 : width_at(d, args->head_dim);
+    int64_t stride = weights_stride(args);
+    float *out = args->out + h * args->head_dim + d;
     LANES_UNROLL
-    for (int h = 0; h < heads; h++)
+    for (int i = 0; i < heads; i++)
         LANES_UNROLL
         for (int c = 0; c < chains; c++)
-            sum[h][c] = lanes_zero();
+            sum[i][c] = lanes_zero();
     for (int64_t s = 0; s < args->n_spans && start < args->end; s++) {
         const qllm_kv_span *span = &args->spans[s];
         int64_t from = args->begin > start ? args->begin - start : 0;
@@ -122,52 +144,79 @@ QLLM_INLINE void sum_values(const int heads, const int chains, const bool whole,
             for (int c = 0; c < chains; c++)
                 value[c] = whole ? lanes_load(v + 16 * c) : lanes_load_n(v, width);
             LANES_UNROLL
-            for (int h = 0; h < heads; h++) {
-                lanes weight = lanes_set1(weights[h * stride + j]);
+            for (int i = 0; i < heads; i++) {
+                lanes weight = lanes_set1(weights[i * stride + j]);
                 LANES_UNROLL
                 for (int c = 0; c < chains; c++)
-                    sum[h][c] = lanes_fma(weight, value[c], sum[h][c]);
+                    sum[i][c] = lanes_fma(weight, value[c], sum[i][c]);
             }
         }
         start += span->count;
     }
     LANES_UNROLL
-    for (int h = 0; h < heads; h++)
+    for (int i = 0; i < heads; i++)
         LANES_UNROLL
         for (int c = 0; c < chains; c++)
-            lanes_store_n(out + h * args->head_dim + d + 16 * c,
-                          lanes_mul(sum[h][c], lanes_set1(scale[h])), width);
+            lanes_store_n(out + i * args->head_dim + 16 * c,
+                          lanes_mul(sum[i][c], lanes_set1(e[i * stride - 1])), width);
 }
 
-/* The heads first .. first + heads - 1. */
-QLLM_INLINE void attend_heads(const int heads, const qllm_attention *args, int64_t first)
+/* Vectors [first, last) of the outputs of the heads h .. h + heads - 1. */
+QLLM_INLINE void sum_vectors(const int heads, const qllm_attention *args, int64_t h, int64_t first,
+                             int64_t last)
 {
-    int64_t n = args->end - args->begin, stride = qllm_attention_scratch(n, 1), d = 0;
-    float *dots = args->scores + QLLM_KV_PANEL, *out = args->out + first * args->head_dim;
-    float scale[ATTENTION_HEADS];
     const int chains = chains_for(heads);
-    dot_spans(heads, args, args->q + first * args->head_dim, dots, stride);
-    for (int h = 0; h < heads; h++) {
-        const float *bias = args->bias;
-        if (bias != NULL)
-            bias += (first + h) * args->bias_stride + args->begin;
-        scale[h] = 1.0f / softmax_numerators(dots + h * stride, n, args->scale, bias);
-    }
-    for (; d + 16 * chains <= args->head_dim; d += 16 * chains)
-        sum_values(heads, chains, true, args, dots, stride, d, scale, out);
-    for (; d < args->head_dim; d += 16)
-        sum_values(heads, 1, false, args, dots, stride, d, scale, out);
+    int64_t d = 16 * first, end = 16 * last < args->head_dim ? 16 * last : args->head_dim;
+    for (; d + 16 * chains <= end; d += 16 * chains)
+        sum_values(heads, chains, true, args, h, d);
+    for (; d < end; d += 16)
+        sum_values(heads, 1, false, args, h, d);
+}
+
+static void attention_scores(const qllm_attention *args, int64_t first, int64_t last)
+{
+    int64_t h = 0;
+    for (; h + 4 <= args->heads; h += 4)
+        dot_spans(4, args, h, first, last);
+    for (; h + 2 <= args->heads; h += 2)
+        dot_spans(2, args, h, first, last);
+    for (; h < args->heads; h++)
+        dot_spans(1, args, h, first, last);
+}
+
+static void attention_weights(const qllm_attention *args, int64_t h)
+{
+    const float *bias = args->bias;
+    float *weights = weights_of(args, h);
+    if (bias != NULL)
+        bias += h * args->bias_stride + args->begin;
+    weights[-1] = 1.0f / softmax_numerators(weights, args->end - args->begin, args->scale, bias);
+}
+
+static void attention_values(const qllm_attention *args, int64_t first, int64_t last)
+{
+    int64_t h = 0;
+    for (; h + 4 <= args->heads; h += 4)
+        sum_vectors(4, args, h, first, last);
+    for (; h + 2 <= args->heads; h += 2)
+        sum_vectors(2, args, h, first, last);
+    for (; h < args->heads; h++)
+        sum_vectors(1, args, h, first, last);
 }
 
 static void attention(const qllm_attention *args)
 {
-    int64_t h = 0;
-    for (; h + 4 <= args->heads; h += 4)
-        attend_heads(4, args, h);
-    for (; h + 2 <= args->heads; h += 2)
-        attend_heads(2, args, h);
-    for (; h < args->heads; h++)
-        attend_heads(1, args, h);
+    for (int64_t h = 0; h < args->heads; h += QLLM_ATTENTION_HEADS) {
+        qllm_attention few = *args;
+        few.q += h * args->head_dim;
+        few.out += h * args->head_dim;
+        few.bias = args->bias != NULL ? args->bias + h * args->bias_stride : NULL;
+        few.heads = args->heads - h < QLLM_ATTENTION_HEADS ? args->heads - h : QLLM_ATTENTION_HEADS;
+        attention_scores(&few, 0, few.n_spans);
+        for (int64_t i = 0; i < few.heads; i++)
+            attention_weights(&few, i);
+        attention_values(&few, 0, (few.head_dim + 15) / 16);
+    }
 }
 
 #endif

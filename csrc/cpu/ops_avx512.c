@@ -17,6 +17,9 @@
         .layer_norm = layer_norm,                                                                 \
         .rope = rope,                                                                             \
         .attention = attention,                                                                   \
+        .attention_scores = attention_scores,                                                     \
+        .attention_weights = attention_weights,                                                   \
+        .attention_values = attention_values,                                                     \
         .silu = silu,                                                                             \
         .gelu = gelu,                                                                             \
         .gelu_tanh = gelu_tanh,                                                                   \

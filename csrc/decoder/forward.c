@@ -166,26 +166,26 @@ static int64_t make_spans(const pass *p, const qllm_step_row *row, int64_t kv_he
  * than one thread busy, and several times as many as share one reading of keys and values. */
 enum { TASK_HEADS = 2 * QLLM_ATTENTION_HEADS };
 
-static int64_t tasks_per_group(const head_layout *at)
+static int64_t tasks_per_group(const head_layout *at, int64_t heads)
 {
-    return (at->group + TASK_HEADS - 1) / TASK_HEADS;
+    return (at->group + heads - 1) / heads;
 }
 
-/* Row r, key-value head g, its query heads from `first` on. */
-static void attend(const pass *p, int64_t r, int64_t g, int64_t first, const head_layout *at,
-                   int thread)
+/* Row r, key-value head g, up to `most` of its query heads from `first` on; in buffer `place`. */
+static qllm_attention task_of(const pass *p, const head_layout *at, int64_t r, int64_t g,
+                              int64_t first, int64_t most, int64_t place)
 {
     qllm_decoder *d = p->decoder;
     const qllm_decoder_config *c = &d->config;
     qllm_scratch *s = &d->scratch;
     const qllm_step_row *row = &s->row[r];
-    qllm_kv_span *spans = s->spans + thread * s->spans_capacity;
+    qllm_kv_span *spans = s->spans + place * s->spans_capacity;
     int64_t window = c->sliding_window != NULL ? c->sliding_window[p->layer] : 0;
     int64_t end = row->position + 1, head = g * at->group + first;
     bool alibi = c->position == QLLM_POSITION_ALIBI;
-    qllm_attention args = {
+    return (qllm_attention){
         .q = s->qkv + r * s->qkv_stride + g * at->q_group + first * c->head_dim,
-        .heads = at->group - first < TASK_HEADS ? at->group - first : TASK_HEADS,
+        .heads = at->group - first < most ? at->group - first : most,
         .head_dim = c->head_dim,
         .spans = spans,
         .n_spans = make_spans(p, row, g, spans),
@@ -194,10 +194,9 @@ static void attend(const pass *p, int64_t r, int64_t g, int64_t first, const hea
         .scale = c->attention_scale,
         .bias = alibi ? d->alibi.bias + head * d->alibi.capacity : NULL,
         .bias_stride = d->alibi.capacity,
-        .scores = s->scores + thread * s->scores_capacity,
+        .scores = s->scores + place * s->scores_capacity,
         .out = s->attended + r * s->heads_stride + head * c->head_dim,
     };
-    d->ops->attention(&args);
 }
 
 /* Tasks are (row, key-value head, some of its query heads), taken from both ends in turn: later
@@ -207,12 +206,87 @@ static void attend_tasks(void *context, int64_t begin, int64_t end, int thread)
 {
     const pass *p = context;
     head_layout at = layout_of(&p->decoder->config);
-    int64_t each = tasks_per_group(&at), row = p->decoder->config.kv_heads * each;
+    int64_t each = tasks_per_group(&at, TASK_HEADS), row = p->decoder->config.kv_heads * each;
     int64_t tasks = p->n * row;
     for (int64_t i = begin; i < end; i++) {
         int64_t task = i % 2 == 0 ? i / 2 : tasks - 1 - i / 2;
-        attend(p, task / row, task % row / each, task % each * TASK_HEADS, &at, thread);
+        qllm_attention args = task_of(p, &at, task / row, task % row / each,
+                                      task % each * TASK_HEADS, TASK_HEADS, thread);
+        p->decoder->ops->attention(&args);
     }
+}
+
+/* Fewer tasks of attention than threads, over many positions: each task is shared by all threads,
+ * in parts that change nothing in its sums.  There is a buffer for every thread, so for every
+ * task. */
+typedef struct shared_tasks {
+    const qllm_cpu_ops *ops;
+    const qllm_attention *tasks;
+    int64_t parts; /* of each task */
+} shared_tasks;
+
+static void share_scores(void *context, int64_t begin, int64_t end, int thread)
+{
+    const shared_tasks *shared = context;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        const qllm_attention *task = &shared->tasks[i / shared->parts];
+        int64_t part = i % shared->parts, spans = task->n_spans;
+        shared->ops->attention_scores(task, spans * part / shared->parts,
+                                      spans * (part + 1) / shared->parts);
+    }
+}
+
+static void share_weights(void *context, int64_t begin, int64_t end, int thread)
+{
+    const shared_tasks *shared = context;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        const qllm_attention *task = &shared->tasks[i / QLLM_ATTENTION_HEADS];
+        if (i % QLLM_ATTENTION_HEADS < task->heads)
+            shared->ops->attention_weights(task, i % QLLM_ATTENTION_HEADS);
+    }
+}
+
+static void share_values(void *context, int64_t begin, int64_t end, int thread)
+{
+    const shared_tasks *shared = context;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        const qllm_attention *task = &shared->tasks[i / shared->parts];
+        int64_t part = i % shared->parts, vectors = (task->head_dim + 15) / 16;
+        shared->ops->attention_values(task, vectors * part / shared->parts,
+                                      vectors * (part + 1) / shared->parts);
+    }
+}
+
+static void attend_shared(pass *p, const head_layout *at)
+{
+    qllm_decoder *d = p->decoder;
+    int64_t each = tasks_per_group(at, QLLM_ATTENTION_HEADS), row = d->config.kv_heads * each;
+    int64_t n = p->n * row;
+    shared_tasks shared = {d->ops, d->scratch.tasks, qllm_threads_count(d->threads)};
+    for (int64_t i = 0; i < n; i++)
+        d->scratch.tasks[i] = task_of(p, at, i / row, i % row / each,
+                                      i % each * QLLM_ATTENTION_HEADS, QLLM_ATTENTION_HEADS, i);
+    qllm_threads_run(d->threads, n * shared.parts, share_scores, &shared);
+    qllm_threads_run(d->threads, n * QLLM_ATTENTION_HEADS, share_weights, &shared);
+    qllm_threads_run(d->threads, n * shared.parts, share_values, &shared);
+}
+
+/* Positions above which three jobs cost less than idle threads. */
+enum { SHARED_POSITIONS = 1024 };
+
+static void attend_rows(pass *p)
+{
+    const qllm_decoder_config *c = &p->decoder->config;
+    const head_layout at = layout_of(c);
+    int64_t tasks = p->n * c->kv_heads * tasks_per_group(&at, QLLM_ATTENTION_HEADS);
+    if (tasks < qllm_threads_count(p->decoder->threads) && p->positions > p->n * SHARED_POSITIONS)
+        attend_shared(p, &at);
+    else
+        run(p, p->n * c->kv_heads * tasks_per_group(&at, TASK_HEADS),
+            p->positions * p->decoder->scratch.heads_stride, attend_tasks);
 }
 
 static void attention(pass *p)
@@ -232,8 +306,7 @@ static void attention(pass *p)
         linears(p, parts, 3, x, p->n, s->hidden_stride);
     }
     run_rows(p, s->qkv_stride, place_rows);
-    run(p, p->n * d->config.kv_heads * tasks_per_group(&at), p->positions * s->heads_stride,
-        attend_tasks);
+    attend_rows(p);
     linear(p, p->part[QLLM_PART_O], s->attended, p->n, s->heads_stride, s->branch,
            s->hidden_stride);
 }

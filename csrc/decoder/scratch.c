@@ -20,6 +20,7 @@ static void free_attention(qllm_scratch *s)
     qllm_free((void *)s->paths);
     qllm_free(s->spans);
     qllm_free(s->scores);
+    qllm_free(s->tasks);
 }
 
 void qllm_scratch_clear(qllm_scratch *scratch)
@@ -112,6 +113,7 @@ static qllm_status grow_rows(qllm_decoder *decoder, int64_t rows, qllm_error *er
     fresh.paths = s->paths;
     fresh.spans = s->spans;
     fresh.scores = s->scores;
+    fresh.tasks = s->tasks;
     fresh.attention_bytes = s->attention_bytes;
     *s = fresh;
     return QLLM_OK;
@@ -128,7 +130,7 @@ static qllm_status grow_attention(qllm_decoder *decoder, int64_t paths, int64_t 
 {
     qllm_scratch *s = &decoder->scratch, fresh = {0};
     int64_t threads = qllm_threads_count(decoder->threads), bytes = 0;
-    void *path_memory = NULL, *span_memory = NULL;
+    void *path_memory = NULL, *span_memory = NULL, *task_memory = NULL;
     if (paths <= s->paths_capacity && spans <= s->spans_capacity && scores <= s->scores_capacity)
         return QLLM_OK;
     fresh.paths_capacity = grown(s->paths_capacity, paths);
@@ -141,8 +143,11 @@ static qllm_status grow_attention(qllm_decoder *decoder, int64_t paths, int64_t 
                       error);
     if (status == QLLM_OK)
         status = take_floats(&fresh.scores, threads, fresh.scores_capacity, &bytes, error);
+    if (status == QLLM_OK)
+        status = take(&task_memory, threads, sizeof *fresh.tasks, &bytes, error);
     fresh.paths = path_memory;
     fresh.spans = span_memory;
+    fresh.tasks = task_memory;
     if (status != QLLM_OK) {
         free_attention(&fresh);
         return status;
@@ -151,6 +156,7 @@ static qllm_status grow_attention(qllm_decoder *decoder, int64_t paths, int64_t 
     s->paths = fresh.paths;
     s->spans = fresh.spans;
     s->scores = fresh.scores;
+    s->tasks = fresh.tasks;
     s->paths_capacity = fresh.paths_capacity;
     s->spans_capacity = fresh.spans_capacity;
     s->scores_capacity = fresh.scores_capacity;

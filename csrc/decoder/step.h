@@ -45,6 +45,7 @@ typedef struct qllm_scratch {
     const qllm_kv_block **paths; /* (paths_capacity) */
     qllm_kv_span *spans;         /* (threads, spans_capacity) */
     float *scores;               /* (threads, scores_capacity) */
+    qllm_attention *tasks;       /* (threads) */
     int64_t row_bytes, attention_bytes; /* held by the two groups above */
 } qllm_scratch;
 

@@ -178,6 +178,7 @@ typedef struct attention_inputs {
     PyObject *q, *k, *v, *counts, *bias;
     long long begin, end;
     double scale;
+    int parts; /* 0: as a whole */
 } attention_inputs;
 
 static int make_spans(const qllm_state *state, const attention_inputs *in, int64_t head_dim,
@@ -199,6 +200,18 @@ static int make_spans(const qllm_state *state, const attention_inputs *in, int64
     return -1;
 }
 
+/* In `parts` of the scores and of the values each, the last first. */
+static void attend_in_parts(const qllm_cpu_ops *ops, const qllm_attention *args, int parts)
+{
+    int64_t vectors = (args->head_dim + 15) / 16;
+    for (int i = parts; i-- > 0;)
+        ops->attention_scores(args, args->n_spans * i / parts, args->n_spans * (i + 1) / parts);
+    for (int64_t h = args->heads; h-- > 0;)
+        ops->attention_weights(args, h);
+    for (int i = parts; i-- > 0;)
+        ops->attention_values(args, vectors * i / parts, vectors * (i + 1) / parts);
+}
+
 static PyObject *run_attention(const qllm_state *state, const qllm_cpu_ops *ops,
                                const attention_inputs *in)
 {
@@ -211,6 +224,9 @@ static PyObject *run_attention(const qllm_state *state, const qllm_cpu_ops *ops,
     if (in->bias != NULL && (qllm_array_dim(in->bias, 0) != shape[0] ||
                              qllm_array_dim(in->bias, 1) < in->end))
         return qllm_raise_value(state, "bias: expected (heads, end) or more");
+    if (in->parts < 0 || (in->parts > 0 && shape[0] > QLLM_ATTENTION_HEADS))
+        return qllm_raise_value(state, "parts: expected 0, or more for at most %d heads",
+                                QLLM_ATTENTION_HEADS);
     if (qllm_alloc(&scores, qllm_attention_scratch(in->end - in->begin, shape[0]), sizeof(float),
                    "scores", &error) != QLLM_OK)
         return qllm_raise(state, &error);
@@ -222,7 +238,10 @@ static PyObject *run_attention(const qllm_state *state, const qllm_cpu_ops *ops,
             .scale = (float)in->scale, .bias = in->bias ? qllm_array_data(in->bias) : NULL,
             .bias_stride = in->bias ? qllm_array_dim(in->bias, 1) : 0, .scores = scores,
             .out = out};
-        ops->attention(&args);
+        if (in->parts > 0)
+            attend_in_parts(ops, &args, in->parts);
+        else
+            ops->attention(&args);
     }
     qllm_free(scores);
     return result;
@@ -235,8 +254,9 @@ static PyObject *py_attention_test(PyObject *module, PyObject *args)
     const char *isa_name;
     PyObject *result = NULL;
     qllm_isa isa;
-    if (!PyArg_ParseTuple(args, "sOOOOOLLd:_attention_test", &isa_name, &given.q, &given.k,
-                          &given.v, &given.counts, &given.bias, &in.begin, &in.end, &in.scale) ||
+    if (!PyArg_ParseTuple(args, "sOOOOOLLd|i:_attention_test", &isa_name, &given.q, &given.k,
+                          &given.v, &given.counts, &given.bias, &in.begin, &in.end, &in.scale,
+                          &in.parts) ||
         qllm_choose_isa(state, isa_name, &isa) < 0)
         return NULL;
     in.q = qllm_array_input(state, given.q, QLLM_ARRAY_F32, 2, 2, "q");
@@ -264,7 +284,7 @@ static PyMethodDef functions[] = {
      "int8_activation: codes padded to 64, scale, outlier columns as the bytes of int32, their "
      "number."},
     {"_attention_test", py_attention_test, METH_VARARGS,
-     "_attention_test($module, isa, q, k, v, counts, bias, begin, end, scale, /)\n--\n\n"
+     "_attention_test($module, isa, q, k, v, counts, bias, begin, end, scale, parts=0, /)\n--\n\n"
      "attention over spans: k in panels of 16 positions and v, flat, span after span."},
     {NULL, NULL, 0, NULL},
 };
