@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -100,6 +101,23 @@ class Layers:
                 self._note(current)
             self._put_back(before, error)
             raise
+
+    def requantize(
+        self, make: Callable[[np.ndarray], Any], format: str, config: QuantConfig
+    ) -> QuantReport:
+        """Replaces the layers that `config` selects by what `make` gives for their weights in the
+        folder (rows, cols) float32, a `_core.QuantizedTensor`; reports call its format `format`.
+        When a layer fails, those before it stay replaced."""
+        with self._turn:
+            selected, reasons = self._select(config)
+            for module in selected:
+                linear = self._modules[module]
+                weight = make(to_float32(self._entry(linear)))
+                self._decoder.set_linear(linear.slot, weight, self._bias(linear))
+                self._states[module] = _State(
+                    format, weight.blocksize, False, weight.nbytes, weight.bits_per_weight
+                )
+            return self._report(set(selected), reasons)
 
     def report(self) -> QuantReport:
         """The report of the layers as they are now."""
@@ -330,7 +348,7 @@ def load_entry(
 
 
 def to_float32(entry: TensorEntry) -> np.ndarray:
-    """An unquantized vector as float32, exactly."""
+    """An unquantized tensor as float32, exactly."""
     if entry.dtype == "BF16":
         return (entry.numpy().astype(np.uint32) << 16).view(np.float32)
     return entry.numpy().astype(np.float32)

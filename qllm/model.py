@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -186,6 +186,28 @@ class Model:
         if config is None:
             raise QllmValueError("format is None; name one, as in quantize_('nf4')")
         return self._layers.quantize(config)
+
+    def requantize_(
+        self,
+        make: Callable[[np.ndarray], Any],
+        format: str,
+        include: str | Sequence[str] | None = None,
+        skip: str | Sequence[str] | None = None,
+        *,
+        quantize_head: bool = False,
+    ) -> QuantReport:
+        """Replaces linear layers, chosen as in `quantize_`, by a quantization of your own.
+
+        `make` is called with the weights of each, (rows, cols) float32 as the folder has them, and
+        returns a `qllm.QuantizedTensor` of that shape; `format` is what reports call it. Returns a
+        report of every linear layer. When `make` fails, the layers before stay replaced.
+        """
+        if not callable(make) or not isinstance(format, str) or not format:
+            raise QllmValueError(
+                "make must be a function from weights to a quantized tensor, and format its name"
+            )
+        config = QuantConfig("f32", include, skip, quantize_head=quantize_head)
+        return self._layers.requantize(make, format, config)
 
     def report(self) -> QuantReport:
         """The report of all linear layers as they are now."""

@@ -81,6 +81,22 @@ def sample(
     )
 
 
+LOGITS_DTYPES = ("float32", "bfloat16")
+"""To what `round_logits` rounds."""
+
+
+def round_logits(logits: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 logits, rounded to `dtype` and back: "float32" leaves them as they are, "bfloat16"
+    rounds to the nearest, ties to even, as a model does that returns its logits in bfloat16."""
+    if dtype == "float32":
+        return logits
+    bits = np.ascontiguousarray(logits, np.float32).view(np.uint32)
+    nan = np.isnan(logits)
+    rounded = bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))
+    rounded &= np.uint32(0xFFFF0000)
+    return np.where(nan, logits, rounded.view(np.float32))
+
+
 @dataclass(frozen=True, eq=False)
 class LogitStats:
     """How test differs from ref at each temperature: float64 arrays (n, n_temperatures), or

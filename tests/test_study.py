@@ -213,7 +213,7 @@ def test_a_positive_control_is_seen(tmp_path, no_pictures):
 
 def test_top_k_reaches_the_sampler(tmp_path, no_pictures):
     """Among the single most probable token all temperatures are greedy."""
-    found = run(replace(TINY, arms=("bf16", "null"), top_k=1), out=tmp_path / "out").tables[
+    found = run(replace(TINY, arms=("bf16", "null"), top_k=(1,)), out=tmp_path / "out").tables[
         "samples"
     ]
     for _, rows in found.groupby("prompt"):
@@ -414,11 +414,11 @@ def test_a_damaged_cell_is_named_and_computed_again(tmp_path, tiny, no_pictures,
 
 def test_another_design_in_the_folder_is_refused(tiny, no_pictures, tmp_path):
     before = contents(tiny, "cells", "tables")
-    other = replace(TINY, max_new_tokens=9, seeds=(3,))
+    other = replace(TINY, lengths=(9,), seeds=(3,))
     with pytest.raises(
         QllmFileError,
-        match=r"another design: seeds \(\[1\] there, \[3\] here\); max_new_tokens \(8 there, 9"
-        r" here\);"
+        match=r"another design: seeds \(\[1\] there, \[3\] here\); lengths \(\[4, 8\] there,"
+        r" \[9\] here\);"
         " name another folder, or begin anew with fresh=True",
     ):
         run(other, out=tiny)

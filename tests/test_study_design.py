@@ -13,7 +13,7 @@ import pytest
 from small_studies import SMALL, TINY
 
 from qllm.errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
-from qllm.study import ARMS, Arm, Design, Text, load, resolve, run
+from qllm.study import ARMS, PROFILES, Arm, Claim, Design, Text, load, resolve, run
 
 # ------------------------------------------------------------------------------------- refusals
 
@@ -52,14 +52,39 @@ from qllm.study import ARMS, Arm, Design, Text, load, resolve, run
         ({"seeds": (-1,)}, "seeds must be from 0"),
         ({"seeds": (1.5,)}, "seeds must be whole numbers"),
         ({"models": ()}, "models is empty"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be from 1"),
+        ({"lengths": (0,)}, "lengths must be from 1"),
+        ({"lengths": (8, 4)}, "lengths must be in rising order"),
+        ({"lengths": ()}, "lengths is empty"),
         ({"top_k": -1}, "top_k must be from 0"),
+        ({"top_k": (5, 5)}, "top_k has '5' twice"),
         ({"band": (0.8, 0.5)}, "band must be two rising temperatures"),
         ({"band": (0.5, 1.5)}, "must lie inside its surroundings"),
         ({"compute": "fast"}, "compute must be exact, auto or int8, not 'fast'"),
         ({"confidence": 1.0}, "confidence must be from 0.5 to below 1"),
-        ({"margins": {"speed": 1}}, "there is no margin 'speed'"),
-        ({"margins": {"bytes": 0}}, "the margin bytes must be above 0"),
+        ({"claims": {"C0": {}}}, "there is no claim 'C0'; there are C1a"),
+        ({"claims": {"C1b": {"endpoints": {"speed": 1}}}}, "claims.C1b has no endpoint 'speed'"),
+        ({"claims": {"C1b": {"endpoints": {"bytes": -1}}}}, "the margin bytes of claims.C1b must"),
+        ({"claims": {"C1b": {"test": "guess"}}}, "this claim is tested by equivalence"),
+        ({"claims": {"C1b": {"margin": 1}}}, "claims.C1b has no entry 'margin'"),
+        ({"claims": {"C1b": {"primary": 1}}}, "claims.C1b.primary must be true or false"),
+        ({"claims": {"C1b": 1}}, "claims.C1b must be a Claim or a mapping"),
+        ({"claims": ["C1b"]}, "claims must be a mapping"),
+        ({"prompts": "poems"}, "prompts has no set 'poems'; there are openings"),
+        ({"logits_dtype": "half"}, "logits_dtype must be float32 or bfloat16"),
+        ({"keep_ties": 1}, "keep_ties must be true or false"),
+        ({"play": -1}, "play must be from 0"),
+        ({"arms": ("bf16", Arm("x", "nf4", source="onnx"))}, "has the unknown source 'onnx'"),
+        ({"arms": ("bf16", Arm("x", "nf4", codes="odd"))}, "has the unknown codes 'odd'"),
+        ({"arms": ("bf16", Arm("x", "int8", codes="uniform"))}, "must be nf4 or fp4"),
+        ({"arms": ("bf16", Arm("x", "nf4", compute="fast"))}, "has the unknown compute 'fast'"),
+        ({"arms": ("bf16", Arm("x", "nf4", options={"a": 1}))}, "only sources other than qllm"),
+        ({"arms": ("bf16", Arm("x", "nf4", options=3))}, "options of arm 'x' must be a mapping"),
+        ({"arms": ("bf16", Arm("x", "", source="gguf"))}, "the format of arm 'x' must be a word"),
+        ({"arms": ("bf16", Arm("x", "nf4", path=""))}, "path of arm 'x' must be the name"),
+        ({"arms": ("bf16", Arm("x", "nf4", quantize_head=1))}, "quantize_head of arm 'x' must be"),
+        ({"arms": ("int8", Arm("b", "f16", "reference", source="gguf"))}, "must have the source"),
+        ({"arms": ("bf16", Arm("n", "bf16", "null", compute="int8"))}, "the compute of the refer"),
+        ({"speed": {"batches": [1]}}, "speed.batches must be from 2"),
         ({"speed": {"rounds": 1}}, "speed.rounds must be from 2"),
         ({"bootstrap_draws": 1}, "bootstrap_draws must be from 100"),
         ({"quantize_head": 1}, "quantize_head must be true or false"),
@@ -75,8 +100,9 @@ def test_bad_designs(change, words):
 @pytest.mark.parametrize(
     ("design", "words"),
     [
-        ("huge", "there is no profile 'huge'; there are smoke"),
+        ("huge", "there is no profile 'huge'; there are smoke, lite, full, paper"),
         ("gone.json", "there is no design file gone.json"),
+        ("gone.toml", "there is no design file gone.toml"),
         ({"modles": []}, "a design has no entry 'modles'; it has name, models"),
         (7, "a design is a Design, the name of a profile, a mapping or a path, not a int"),
     ],
@@ -138,7 +164,7 @@ def test_import_loads_numpy_alone():
 
 
 def test_designs_survive_json_and_pickle(tmp_path):
-    for design in (SMALL, TINY, resolve("smoke")):
+    for design in (SMALL, TINY, *map(resolve, PROFILES)):
         assert Design.from_json(design.to_json()) == design
         assert pickle.loads(pickle.dumps(design)) == design
     path = tmp_path / "design.json"
@@ -146,6 +172,73 @@ def test_designs_survive_json_and_pickle(tmp_path):
     design = resolve(path, models="demo:falcon")
     assert design.arms == (ARMS["bf16"], ARMS["int8"]) and design.models == ("demo:falcon",)
     assert design.prompts == (Text("prompt-1", "text", "Once"),)
+
+
+def test_designs_in_toml(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        """
+name = "mine"
+models = ["demo:llama"]
+temperatures = [0, 0.5]
+own_temperature = false
+speed = false
+threads = false
+lengths = 16
+top_k = [50, 0]
+prompts = [{id = "one", kind = "story", text = "Once upon a time"}, "It was"]
+
+[[arms]]
+name = "plain"
+format = "bf16"
+role = "reference"
+
+[[arms]]
+name = "other"
+format = "Q4_K_M"
+source = "gguf"
+path = "other.gguf"
+options = {n_ctx = 512}
+
+[claims.C1c]
+primary = false
+endpoints = {ln_ppl = 0.02}
+"""
+    )
+    found = resolve(path)
+    assert found.own_temperature is None and found.speed is None and found.threads is None
+    assert found.lengths == (16,) and found.max_new_tokens == 16 and found.top_k == (50, 0)
+    assert found.prompts == (
+        Text("one", "story", "Once upon a time"), Text("prompt-2", "text", "It was")
+    )
+    assert found.arms[1].options == {"n_ctx": 512} and found.reference.name == "plain"
+    default = resolve("smoke").claims["C1c"]
+    changed = Claim(default.test, {**default.endpoints, "ln_ppl": 0.02}, False)
+    assert found.claims["C1c"] == changed and found.claims["C1a"] == resolve("smoke").claims["C1a"]
+    for text, words in (
+        ("a = ", "is not TOML"),
+        ("name = 1979-05-27", "the name of a design must be a word"),
+        ("temperatures = [nan]", "temperatures must be finite"),
+        ("lengths = 1.5", "lengths must be a list"),
+        ("x = " + "[" * 5000, "is not TOML|nested too deeply"),
+    ):
+        path.write_text(text)
+        with pytest.raises(QllmError, match=words):
+            resolve(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(QllmFileError, match="is not UTF-8"):
+        resolve(path)
+
+
+def test_profiles_are_what_they_say():
+    lite, full, paper = map(resolve, ("lite", "full", "paper"))
+    assert len(lite.temperatures) == 7 and len(lite.seeds) == 4
+    assert {arm.role for arm in lite.arms} == {"reference", "arm", "null", "control"}
+    assert len(full.temperatures) == 14 and len(full.top_k) == 3
+    assert {arm.name for arm in full.arms} > {"nf4+head", "null", "null-batch"}
+    assert paper.quantize_head and paper.keep_ties and paper.logits_dtype == "bfloat16"
+    assert paper.seeds == (1234,) and paper.top_k == (200,) and paper.lengths == (50,)
+    assert paper.temperatures[0] > 0  # the harness divides by it
 
 
 def test_smoke_is_what_it_says():
@@ -158,15 +251,17 @@ def test_smoke_is_what_it_says():
         "nf4-dq",
         "fp4",
         "fp4-dq",
-        "null",
+        "null-batch",
+        "control",
     ]
     assert len(smoke.prompts) == 8 and len({text.kind for text in smoke.prompts}) == 8
-    assert len(smoke.seeds) == 2 and smoke.max_new_tokens == 32 and smoke.top_k == 0
+    assert len(smoke.seeds) == 2 and smoke.max_new_tokens == 32 and smoke.top_k[0] == 0
+    assert len(smoke.lengths) == 2 and len(smoke.top_k) == 2  # what claim C9 needs
     assert smoke.temperatures[0] == 0 and smoke.temperatures[-1] == 1.5
     assert sum(0.5 <= value <= 0.8 for value in smoke.temperatures) == 3
     grid = smoke.logit_temperatures
     assert len(grid) == 40 and grid[0] == 0.05 and grid[-1] == 2.0
-    null = smoke.arm("null")
+    null = smoke.arm("null-batch")
     assert null.batch_size != smoke.batch_size and null.threads != smoke.threads
 
 

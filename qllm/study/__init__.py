@@ -8,16 +8,16 @@ study.report                  # path of a self-contained HTML file
 
 from __future__ import annotations
 
-from .design import ARMS, MARGINS, PROFILES, Arm, Design, Speed, Text, resolve
+from .design import ARMS, PROFILES, Arm, Claim, Design, Speed, Text, resolve
 from .progress import Event
 from .result import Study, load
 from .runner import run
 
 __all__ = [
     "ARMS",
-    "MARGINS",
     "PROFILES",
     "Arm",
+    "Claim",
     "Design",
     "Event",
     "Speed",

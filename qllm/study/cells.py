@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import QllmValueError
-from .design import Arm, Design
+from .arms import LoadedArm, load, swap
+from .design import Design, Text
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -63,20 +64,19 @@ def compute(task: Task) -> dict[str, Any]:
     """The body of the task's cell. Deterministic, `SPEED` apart."""
     if task.arm == SPEED:
         return _speed_cell(task)
-    arm = task.design.arm(task.arm)
-    model, report = _load(task, arm)
-    reference = model
+    design, arm = task.design, task.design.arm(task.arm)
+    model = reference = load(task.model, arm, design)
     if arm.role != "reference":
-        reference, _ = _load(task, task.design.reference)
+        reference = load(task.model, design.reference, design)
     body: dict[str, Any] = {
-        "generations": _generations(task.design, arm, model, reference),
+        "generations": _generations(design, model, reference),
         "texts": [],
-        "weights": report,
-        "environment": environment(model),
+        "weights": model.layers(),
+        "environment": model.environment(),
     }
     if arm.role != "reference":
         body["texts"] = [
-            _compare(text, model, reference, task.design.logit_temperatures)
+            _compare(text, model, reference, design.logit_temperatures)
             for text in _texts(task, reference)
         ]
     return body
@@ -88,115 +88,77 @@ def own_texts(design: Design, body: dict[str, Any]) -> tuple[OwnText, ...]:
     return tuple(
         OwnText(sample["prompt"], sample["seed"], tuple(sample["prompt_ids"]), tuple(sample["ids"]))
         for sample in body["generations"]
-        if sample["temperature"] == design.own_temperature and sample["ids"]
+        if sample["temperature"] == design.own_temperature
+        and sample["top_k"] == design.top_k[0]
+        and sample["ids"]
     )
 
 
-def _load(task: Task, arm: Arm) -> tuple[Model, list[dict[str, Any]]]:
-    """The model in the arm's format, and a row for each of its linear layers."""
-    from ..model import Model
-
-    design = task.design
-    model = Model.from_pretrained(
-        task.model,
-        compute=design.compute,
-        threads=arm.threads or design.threads,
-        int8_threshold=design.int8_threshold,
-    )
-    return model, _swap(model, arm, design)
-
-
-def _swap(model: Model, arm: Arm, design: Design) -> list[dict[str, Any]]:
-    report = model.quantize_(
-        arm.format, blocksize=arm.blocksize, quantize_head=design.quantize_head
-    )
-    return [
-        {
-            "module": row.module,
-            "format": row.format,
-            "shape": [int(size) for size in row.shape],
-            "bytes": int(row.bytes),
-            "bits_per_weight": float(row.bits_per_weight),
-            "rmse": _finite(row.rmse),
-            "sqnr_db": _finite(row.sqnr_db),
-        }
-        for row in report.rows
-    ]
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity: None stands for a figure that is none (SQNR of an exact layer)."""
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def environment(model: Model) -> dict[str, Any]:
-    """On what a cell was computed, as far as it says how: device, instruction set, kernels."""
-    info = model.info()
-    return {
-        "cpu": info.cpu,
-        "device": info.device,
-        "isa": info.isa,
-        "compute": info.compute,
-        "kernels": info.kernels,
-    }
-
-
-def _generations(design: Design, arm: Arm, model: Model, reference: Model) -> list[dict[str, Any]]:
+def _generations(
+    design: Design, model: LoadedArm, reference: LoadedArm
+) -> list[dict[str, Any]]:
+    """A row for every temperature, top_k, seed and prompt, drawn as one batch. Greedy texts need no
+    noise and no top_k: one of each prompt is computed and stands for all."""
     from ..config import GenerationConfig
     from ..generation import Request
 
     grid = [
-        (temperature, seed, prompt)
+        (temperature, top_k, seed, prompt)
         for temperature in design.temperatures
+        for top_k in design.top_k
         for seed in design.seeds
         for prompt in design.prompts
     ]
-    requests = [
-        Request(
-            prompt.text,
+    requests = {
+        _draw(*place): Request(
+            place[3].text,
             GenerationConfig(
-                temperature=temperature,
-                top_k=design.top_k,
+                temperature=place[0],
+                top_k=place[1],
+                seed=place[2],
                 max_new_tokens=design.max_new_tokens,
-                seed=seed,
                 ignore_eos=design.ignore_eos,
             ),
         )
-        for temperature, seed, prompt in grid
-    ]
-    samples = model.generate_batch(requests, batch_size=arm.batch_size or design.batch_size)
-    scores: dict[tuple[int, ...], float | None] = {}
+        for place in reversed(grid)  # so that the first of several equal draws is the one made
+    }
+    samples = dict(zip(requests, model.generate(list(requests.values())), strict=True))
+    scores: dict[tuple[int, ...], list[float]] = {}
     rows = []
-    for (temperature, seed, prompt), sample in zip(grid, samples, strict=True):
+    for temperature, top_k, seed, prompt in grid:
+        sample = samples[_draw(temperature, top_k, seed, prompt)]
+        start = len(sample.prompt_ids)
         whole = (*sample.prompt_ids, *sample.ids)
         if whole not in scores:
-            scores[whole] = _nll(reference, whole, len(sample.prompt_ids))
+            scores[whole] = _nll(reference, whole, start)
+        nll = scores[whole]
         rows.append(
             {
                 "temperature": temperature,
+                "top_k": top_k,
                 "seed": seed,
                 "prompt": prompt.id,
                 "prompt_ids": [int(token) for token in sample.prompt_ids],
                 "ids": [int(token) for token in sample.ids],
                 "text": sample.text or "",
                 "finish": sample.finish_reason,
-                "nll_reference": scores[whole],
+                "nll_reference": float(np.mean(nll)) if nll else None,
+                "token_nll": [round(value, 6) for value in nll],
             }
         )
     return rows
 
 
-def _nll(reference: Model, ids: Sequence[int], start: int) -> float | None:
-    """Mean negative log-probability of the tokens from `start` on, nats; None without any."""
-    start = max(start, 1)
+def _draw(temperature: float, top_k: int, seed: int, prompt: Text) -> tuple[Any, ...]:
+    """What decides a text, beside the model."""
+    return (temperature, top_k, seed, prompt.id) if temperature > 0 else (temperature, prompt.id)
+
+
+def _nll(reference: LoadedArm, ids: Sequence[int], start: int) -> list[float]:
+    """Negative log-probabilities of the tokens from `start` on, nats."""
     if len(ids) <= start:
-        return None
-    return -float(np.mean(_logprobs(reference, ids, start)))
-
-
-def _logprobs(model: Model, ids: Sequence[int], start: int) -> np.ndarray:
-    """Log-probabilities of the tokens from `start` (1 or more) on, float64."""
-    return np.asarray(model.score(list(ids)).logprobs, np.float64)[start - 1 :]
+        return []
+    return [-float(value) for value in reference.logprobs(ids, start)]
 
 
 @dataclass(frozen=True)
@@ -211,15 +173,13 @@ class _Reading:
     start: int
 
 
-def _texts(task: Task, reference: Model) -> Iterator[_Reading]:
+def _texts(task: Task, reference: LoadedArm) -> Iterator[_Reading]:
     kinds = {prompt.id: prompt.kind for prompt in task.design.prompts}
     for own in task.own:
         ids = own.prompt_ids + own.ids
-        yield _Reading(
-            "own", own.prompt, kinds[own.prompt], own.seed, ids, max(1, len(own.prompt_ids))
-        )
+        yield _Reading("own", own.prompt, kinds[own.prompt], own.seed, ids, len(own.prompt_ids))
     for text in task.design.texts:
-        ids = tuple(int(token) for token in reference.encode(text.text))
+        ids = tuple(int(token) for token in reference.model.encode(text.text))
         if len(ids) < 2:
             raise QllmValueError(
                 f"the text {text.id!r} is {len(ids)} token for {task.model}; at least two are"
@@ -229,24 +189,25 @@ def _texts(task: Task, reference: Model) -> Iterator[_Reading]:
 
 
 def _compare(
-    text: _Reading, model: Model, reference: Model, temperatures: Sequence[float]
+    text: _Reading, model: LoadedArm, reference: LoadedArm, temperatures: Sequence[float]
 ) -> dict[str, Any]:
     """How the arm's next-token distributions differ from the reference's, meaned over the text."""
     from .. import logit_stats
 
-    read, targets = list(text.ids[:-1]), np.asarray(text.ids[text.start :], np.int64)
+    read, targets = text.ids[:-1], np.asarray(text.ids[text.start :], np.int64)
     before = text.start - 1
     found = logit_stats(
         reference.logits(read)[before:],
         model.logits(read)[before:],
         np.asarray(temperatures, np.float64),
         targets=targets,
-        threads=model.decoder.info()["threads"],
+        threads=model.threads,
     )
     values = {name: getattr(found, name) for name in MEASURES}
     values["delta_p_squared"] = np.square(found.delta_p)
     curves = {name: _means(rows, name, text) for name, rows in values.items()}
-    gain = _logprobs(reference, text.ids, text.start) - _logprobs(model, text.ids, text.start)
+    nll_reference = -float(np.mean(reference.logprobs(text.ids, text.start)))
+    nll = -float(np.mean(model.logprobs(text.ids, text.start)))
     return {
         "source": text.source,
         "id": text.id,
@@ -254,7 +215,9 @@ def _compare(
         "seed": text.seed,
         "tokens": len(targets),
         "same_top": float(np.mean(found.same_top)),
-        "ln_ppl_ratio": float(np.mean(gain)),
+        "nll_reference": nll_reference,
+        "nll": nll,
+        "ln_ppl_ratio": nll - nll_reference,
         "curves": curves,
     }
 
@@ -275,14 +238,15 @@ def _speed_cell(task: Task) -> dict[str, Any]:
     round beginning with another arm."""
     design, speed = task.design, task.design.speed
     assert speed is not None
-    arms = [arm for arm in design.arms if arm.role != "null"]
-    model, _ = _load(task, arms[0])
+    arms = list(design.timed)
+    loaded = load(task.model, arms[0], design)
+    model = loaded.model
     ids = _timing_ids(model, design, speed.prompt_tokens)
     rows: list[dict[str, Any]] = []
     for turn in range(speed.rounds):
         first = turn % len(arms)
         for arm in arms[first:] + arms[:first]:
-            _swap(model, arm, design)
+            swap(model, arm, design)
             for _ in range(speed.warmups):
                 _timed(model, ids, 1)
                 _timed(model, ids[:1], speed.decode_tokens)
@@ -295,7 +259,7 @@ def _speed_cell(task: Task) -> dict[str, Any]:
                 }
             )
     rows.sort(key=lambda row: (row["round"], [arm.name for arm in arms].index(row["arm"])))
-    return {"rounds": rows, "environment": {**environment(model), "threads": model.info().threads}}
+    return {"rounds": rows, "environment": {**loaded.environment(), "threads": loaded.threads}}
 
 
 def _timing_ids(model: Model, design: Design, length: int) -> list[int]:

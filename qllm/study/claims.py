@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .design import Arm, Design
+from .design import Arm, Claim, Design
 from .statistics import Intervals, equivalence, slope_contrast, superiority
 from .tables import Cells, logit_clusters, sample_clusters, speeds
 
@@ -37,6 +37,19 @@ CLAIMS = {
     "C9": "top_k and max_new_tokens change how quantized models respond",
 }
 """Claims of the paper (its abstract, in both wordings that are known), in our words."""
+
+DEFAULT_CLAIMS: Mapping[str, Claim] = {
+    "C1a": Claim("equivalence", {"tokens_per_second": 0.05}),
+    "C1b": Claim("equivalence", {"bytes": 0.02}),
+    "C1c": Claim("equivalence", {"ln_ppl": 0.01, "rep_4": 0.01}),
+    "C4": Claim(
+        "greater",
+        {"contrast_disagreement": 0.002, "interaction_nll": 0.1, "interaction_rep_4": 0.05},
+    ),
+    "C5": Claim("greater", {"tokens_per_second": 0.05}),
+    "C6": Claim("greater", {"tokens_per_second": 0.0}),
+}
+"""The test, endpoints and margins of every claim that is tested, unless a design says otherwise."""
 
 SPEED_CLAIMS = ("C1a", "C5", "C6")
 """Claims that are tested by timing."""
@@ -178,7 +191,7 @@ def _ratios(e: Evidence, phase: str, one: Arm, two: Arm) -> tuple[float, float, 
 
 
 def _c1a(e: Evidence) -> Iterator[dict[str, Any]]:
-    margin = e.design.margins["tokens_per_second"]
+    margin = e.design.claims["C1a"].endpoints["tokens_per_second"]
     for one, two in _pairs(e.design) if e.design.speed else ():
         for phase in ("decode", "prefill"):
             found = _ratios(e, phase, one, two)
@@ -192,7 +205,7 @@ def _c1a(e: Evidence) -> Iterator[dict[str, Any]]:
 
 
 def _c1b(e: Evidence) -> Iterator[dict[str, Any]]:
-    margin = e.design.margins["bytes"]
+    margin = e.design.claims["C1b"].endpoints["bytes"]
     held = {
         row["arm"]: row["bytes"]
         for row in e.frames["weights"].to_dict("records")
@@ -218,7 +231,7 @@ def _c1c(e: Evidence) -> Iterator[dict[str, Any]]:
             for arm in (one, two)
         ]
         found = e.intervals.mean(sides[0] - sides[1])
-        margin = e.design.margins["ln_ppl"]
+        margin = e.design.claims["C1c"].endpoints["ln_ppl"]
         yield _row(
             name,
             "ln perplexity",
@@ -230,7 +243,7 @@ def _c1c(e: Evidence) -> Iterator[dict[str, Any]]:
             sample_clusters(e.design, e.samples, e.model, arm.name)["rep_4"] for arm in (one, two)
         ]
         found = e.intervals.mean(np.nanmean(curves[0] - curves[1], axis=1))
-        margin = e.design.margins["rep_4"]
+        margin = e.design.claims["C1c"].endpoints["rep_4"]
         yield _row(
             name,
             "rep-4, mean over temperatures",
@@ -255,14 +268,15 @@ def _c4(e: Evidence) -> Iterator[dict[str, Any]]:
             & (sensitivity["measure"] == "disagreement")
         ].iloc[0]
         rows = []
-        margin = e.design.margins["contrast_disagreement"]
+        margin = e.design.claims["C4"].endpoints["contrast_disagreement"]
         found = [chosen["estimate"], chosen["low"], chosen["high"]]
         rows.append(
             _row(arm.name, "1 - A, band minus surroundings", found, margin, _effect(found, margin))
         )
         mine = sample_clusters(e.design, e.samples, e.model, arm.name)
         for measure, label in (("nll_reference", "NLL of the texts"), ("rep_4", "rep-4")):
-            margin = e.design.margins[f"interaction_{measure.removesuffix('_reference')}"]
+            endpoint = f"interaction_{measure.removesuffix('_reference')}"
+            margin = e.design.claims["C4"].endpoints[endpoint]
             values = slope_contrast(
                 grid, mine[measure] - plain[measure], e.design.band, e.design.surroundings
             )
@@ -300,7 +314,7 @@ def _c4_verdict(verdicts: Sequence[str]) -> str:
 
 
 def _c5(e: Evidence) -> Iterator[dict[str, Any]]:
-    arm, margin = _arm(e.design, "int8"), e.design.margins["tokens_per_second"]
+    arm, margin = _arm(e.design, "int8"), e.design.claims["C5"].endpoints["tokens_per_second"]
     if arm is None or e.design.speed is None:
         return
     for phase in ("decode", "prefill"):

@@ -116,3 +116,13 @@ PASSAGES: tuple[tuple[str, str, str], ...] = (
     ),
 )
 """(id, kind, text) of the passages on which reference and arm are compared word by word."""
+
+PROMPT_SETS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "openings": OPENINGS,
+    "prompts-48": OPENINGS,
+    "prompts-96": OPENINGS,
+}
+"""Sets of prompts that a design may name."""
+
+TEXT_SETS: dict[str, tuple[tuple[str, str, str], ...]] = {"passages": PASSAGES}
+"""Sets of passages that a design may name."""

@@ -404,7 +404,7 @@ def _methods(study: Study) -> str:
         " of its negative log-probability at temperature 1.",
         f"Generation: {len(design.prompts)} prompts, seeds {', '.join(map(str, design.seeds))},"
         f" temperatures {temperatures}, {design.max_new_tokens} tokens, top_k "
-        + ("off" if design.top_k == 0 else str(design.top_k))
+        + ("off" if design.top_k[0] == 0 else str(design.top_k[0]))
         + ". A token is drawn as the largest"
         " of logit + T \u00d7 noise, where the noise depends on seed, prompt, step and token id"
         " alone, so"
@@ -420,7 +420,11 @@ def _methods(study: Study) -> str:
         " more than the margin) and refuted when it excludes even the smallest effect that counts."
         " C4 needs both: more departure inside the band than around it, and a steeper rise of"
         " surprise or of rep-4 there than the reference's. Margins, fixed beforehand: "
-        + ", ".join(f"{name} {value:g}" for name, value in design.margins.items())
+        + ", ".join(
+            f"{claim} {name} {value:g}"
+            for claim, rule in design.claims.items()
+            for name, value in rule.endpoints.items()
+        )
         + ".",
     ]
     if design.speed is not None:

@@ -271,9 +271,9 @@ def _sensitivity_rows(
 def _samples(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
     kinds = {prompt.id: prompt.kind for prompt in design.prompts}
     for model in design.models:
-        plain = {_place(row): row for row in cells[model, design.reference.name]["generations"]}
+        plain = {_place(row): row for row in _main(design, cells[model, design.reference.name])}
         for arm in design.arms:
-            for row in cells[model, arm.name]["generations"]:
+            for row in _main(design, cells[model, arm.name]):
                 ids, other = row["ids"], plain[_place(row)]["ids"]
                 place = first_divergence(other, ids)
                 yield {
@@ -294,6 +294,11 @@ def _samples(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
                     "ids": " ".join(map(str, ids)),
                     "text": row["text"],
                 }
+
+
+def _main(design: Design, cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The generations of a cell with the main top_k."""
+    return [row for row in cell["generations"] if row["top_k"] == design.top_k[0]]
 
 
 def _place(row: Mapping[str, Any]) -> tuple[float, int, str]:
@@ -534,6 +539,5 @@ def speeds(
         arm.name: np.asarray(
             [row[phase] for row in rounds if row["model"] == model and row["arm"] == arm.name]
         )
-        for arm in design.arms
-        if arm.role != "null"
+        for arm in design.timed
     }
