@@ -54,8 +54,8 @@ static int64_t weights_stride(const qllm_attention *args)
     return qllm_attention_scratch(args->end - args->begin, 1);
 }
 
-/* Where the scores and then the weights of head h lie.  Up to 16 floats before them are written too,
- * since panels are whole; in the end the float before them is 1 / the sum of the weights. */
+/* Where the scores and then the weights of head h lie.  Up to 16 floats before them are written
+ * too, since panels are whole; in the end the float before them is 1 / the sum of the weights. */
 static float *weights_of(const qllm_attention *args, int64_t h)
 {
     return args->scores + QLLM_KV_PANEL + h * weights_stride(args);
@@ -117,8 +117,8 @@ static float softmax_numerators(float *dots, int64_t n, float scale, const float
     return lanes_sum(sum);
 }
 
-/* Elements [d, d + 16 * chains) of the outputs of the heads h .. h + heads - 1: sum over positions of
- * weight * value, times the scale of the head.  One vector alone may be a part of one. */
+/* Elements [d, d + 16 * chains) of the outputs of the heads h .. h + heads - 1: sum over positions
+ * of weight * value, times the scale of the head.  One vector alone may be a part of one. */
 QLLM_INLINE void sum_values(const int heads, const int chains, const bool whole,
                             const qllm_attention *args, int64_t h, int64_t d)
 {

@@ -99,9 +99,9 @@ typedef struct qllm_cpu_ops {
      * x_i+half = fma(x_i+half, cos_i, x_i * sin_i) with the old values */
     void (*rope)(float *x, const float *cos, const float *sin, int64_t half);
     void (*attention)(const qllm_attention *args);
-    /* The same by parts, which threads may share, for at most QLLM_ATTENTION_HEADS heads: the scores
-     * of the spans [first, last); when all are there, the weights of each head h; when all are
-     * there, the vectors [first, last) of 16 elements of every head's output. */
+    /* The same by parts, which threads may share, for at most QLLM_ATTENTION_HEADS heads: the
+     * scores of the spans [first, last); when all are there, the weights of each head h; when all
+     * are there, the vectors [first, last) of 16 elements of every head's output. */
     void (*attention_scores)(const qllm_attention *args, int64_t first, int64_t last);
     void (*attention_weights)(const qllm_attention *args, int64_t h);
     void (*attention_values)(const qllm_attention *args, int64_t first, int64_t last);
