@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .curves import slope_contrast
 from .design import Arm, Claim, Design
-from .statistics import Intervals, equivalence, slope_contrast, superiority
+from .statistics import Intervals, effect, equivalence, superiority
 from .tables import Cells, logit_clusters, sample_clusters, speeds
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ def _four_bit(design: Design) -> list[Arm]:
 def _ratios(e: Evidence, phase: str, one: Arm, two: Arm) -> tuple[float, float, float]:
     """Tokens per second, one / two in the same round of timing: median, low, high."""
     found = speeds(e.design, e.frames["speed_rounds"].to_dict("records"), e.model, phase)
-    return e.intervals.median(found[one.name] / found[two.name])
+    ratio = e.intervals.median(found[one.name] / found[two.name])
+    return ratio.estimate, ratio.low, ratio.high
 
 
 def _c1a(e: Evidence) -> Iterator[dict[str, Any]]:
@@ -271,7 +273,13 @@ def _c4(e: Evidence) -> Iterator[dict[str, Any]]:
         margin = e.design.claims["C4"].endpoints["contrast_disagreement"]
         found = [chosen["estimate"], chosen["low"], chosen["high"]]
         rows.append(
-            _row(arm.name, "1 - A, band minus surroundings", found, margin, _effect(found, margin))
+            _row(
+                arm.name,
+                "1 - A, band minus surroundings",
+                found,
+                margin,
+                effect(found[1], found[2], margin),
+            )
         )
         mine = sample_clusters(e.design, e.samples, e.model, arm.name)
         for measure, label in (("nll_reference", "NLL of the texts"), ("rep_4", "rep-4")):
@@ -287,19 +295,13 @@ def _c4(e: Evidence) -> Iterator[dict[str, Any]]:
                     f"{label}, extra slope in the band",
                     found,
                     margin,
-                    _effect(found, margin),
+                    effect(found[1], found[2], margin),
                 )
             )
         together = _c4_verdict([row["verdict"] for row in rows])
         for row in rows:
             row["note"] = f"for {arm.name} together: {together}"
         yield from rows
-
-
-def _effect(found: Sequence[float], margin: float) -> str:
-    """Verdict on "greater than 0", refuted when the smallest effect that counts is excluded."""
-    above = superiority(found[1], found[2], 0.0)
-    return above if above == "confirmed" else ("refuted" if found[2] < margin else "inconclusive")
 
 
 def _c4_verdict(verdicts: Sequence[str]) -> str:

@@ -17,10 +17,11 @@ import numpy as np
 
 from ..errors import QllmFileError
 from .cells import SPEED
+from .curves import contrast, peak_of
 from .design import Design
 from .files import write_bytes
 from .measures import distinct_n, first_divergence, rep_n, zlib_ratio
-from .statistics import Floats, Intervals, contrast, peak
+from .statistics import Floats, Intervals
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -262,7 +263,7 @@ def _sensitivity_rows(
     for name in ("kl", "tv", "disagreement"):
         values = contrast(grid, found[name], design.band, design.surroundings)
         yield _row({**keys, "kind": "contrast"}, name, intervals.mean(values), len(values))
-        at = intervals.of(found[name], peak(grid))
+        at = tuple(part[0] for part in intervals.of(found[name], peak_of(grid), smooth=False))
         if not found[name].any():
             at = (math.nan, math.nan, math.nan)  # the curve of zeros has no peak
         yield _row({**keys, "kind": "peak"}, name, at, len(values))
@@ -522,9 +523,9 @@ def _speed(
                         "tokens_per_second": float(np.median(values)),
                         "p10": float(np.quantile(values, 0.1)),
                         "p90": float(np.quantile(values, 0.9)),
-                        "ratio": ratio[0],
-                        "low": ratio[1],
-                        "high": ratio[2],
+                        "ratio": ratio.estimate,
+                        "low": ratio.low,
+                        "high": ratio.high,
                         "rounds": len(values),
                     }
                 )
