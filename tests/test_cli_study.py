@@ -49,7 +49,7 @@ def test_study(design: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     stored = json.loads((out / "design.json").read_text())
     assert (stored["threads"], stored["models"]) == (1, [MODEL])
     lines = captured.err.splitlines()  # a log has plain lines
-    assert lines and all(re.match(r"\[ *\d+\.\d s\] \d+/\d+: ", line) for line in lines)
+    assert lines and all(re.match(r"\[ *\d+\.\d s\] (\d+/\d+|note): ", line) for line in lines)
 
     assert "was there" not in captured.err
     assert main(words) == 0  # again: everything is there
@@ -82,6 +82,7 @@ def test_interrupted_and_resumed(design: str, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "qllm", "study", MODEL, "--profile", design, "--out", str(out)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    process.stderr.readline()  # how much memory it takes
     first = process.stderr.readline()  # the first cell is done
     process.send_signal(signal.SIGINT)
     printed, err = process.communicate(timeout=120)

@@ -9,6 +9,7 @@ study.report                  # path of a self-contained HTML file
 from __future__ import annotations
 
 from .design import ARMS, PROFILES, Arm, Claim, Design, Speed, Text, resolve
+from .plan import Plan, plan
 from .progress import Event
 from .result import Study, load
 from .runner import run
@@ -20,10 +21,12 @@ __all__ = [
     "Claim",
     "Design",
     "Event",
+    "Plan",
     "Speed",
     "Study",
     "Text",
     "load",
+    "plan",
     "resolve",
     "run",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class DamagedCell(QllmFileError):
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Puts `data` at `path`: a reader, and a run that is killed, see the old file or the new one.
-    Raises `QllmFileError` with the reason of the system."""
+    Raises `QllmFileError` with the reason of the system; a full disk leaves the old file."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +42,15 @@ def write_bytes(path: Path, data: bytes) -> None:
                 os.fsync(stream.fileno())
             os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # the reason is the first one
+                partial.unlink(missing_ok=True)
         _sync_folder(path.parent)
     except OSError as error:
-        raise QllmFileError(f"{path} cannot be written: {error.strerror or error}") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        rest = "; what is finished stays, and the same call goes on once there is room"
+        raise QllmFileError(
+            f"{path} cannot be written: {error.strerror or error}{rest if full else ''}"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,7 +36,8 @@ from .files import (
     write_cell,
     write_text,
 )
-from .progress import Event, Listener, listening
+from .plan import Need, fitted, outline, sizes_of
+from .progress import Event, Listener, Pace, listening
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -59,16 +60,20 @@ def run(
     """Runs a study, or what is left of it, and returns its results.
 
     `design_or_profile`: a `Design`, the name of a profile, a mapping of design entries or the path
-    of a JSON file. `models` replaces the design's models (names, folders, `demo:llama`). `out`: the
-    folder for the results; when it holds a part of the same study, only the rest is computed, a
-    damaged cell being named and computed again; when it holds another study that is refused, unless
-    `fresh` says to begin anew. `executor`: cells go through its `submit` (a ProcessPoolExecutor,
-    dask's `client.get_executor()`); without one they run here one after the other, with the same
-    results, byte for byte. `progress`: True for a bar or lines on stderr, or a callable which takes
-    an `Event`.
+    of a TOML or JSON file. `models` replaces the design's models (names, folders, `demo:llama`).
+    `out`: the folder for the results; when it holds a part of the same study, only the rest is
+    computed, a damaged cell being named and computed again; when it holds another study that is
+    refused, unless `fresh` says to begin anew. `executor`: cells go through its `submit` (any
+    concurrent.futures.Executor, or that of `cluster`); without one they run here one after the
+    other, with the same results, byte for byte. `progress`: True for a bar or lines on stderr, or a
+    callable which takes an `Event`.
+
+    A cell whose models and batch do not fit into the free memory of where it runs is computed in
+    smaller batches, which changes nothing in what comes out, or refused with its sizes.
 
     Raises `QllmValueError` for a design that cannot be and `QllmFileError` for models or folders
-    that cannot be used, both before any work.
+    that cannot be used, both before any work; `QllmFileError` when the disk is full and
+    `QllmMemoryError` when a cell does not fit, with what is finished left as it is.
     """
     design = resolve(design_or_profile, models)
     if executor is not None and not callable(getattr(executor, "submit", None)):
@@ -130,7 +135,32 @@ def _manifest(design: Design) -> dict[str, Any]:
         "prompts_sha256": design.prompt_hash(),
         "seeds": list(design.seeds),
         "models": models,
+        "arms": {
+            arm.name: {"files": _arm_files(Path(arm.path))}
+            for arm in design.arms
+            if arm.path is not None
+        },
     }
+
+
+def _arm_files(path: Path) -> dict[str, str]:
+    """SHA-256 of what an arm of its own path is made of: a file, or the configuration, weights and
+    tokenizer in a folder; nothing for a name on the hub."""
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        kinds = (".json", ".safetensors")
+        files = [file for file in sorted(path.iterdir()) if file.suffix in kinds]
+    digests = {}
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                digest = hashlib.sha256()
+                while piece := stream.read(1 << 20):
+                    digest.update(piece)
+        except OSError as error:
+            raise QllmFileError(f"{file} cannot be read: {error.strerror}") from None
+        digests[file.name] = digest.hexdigest()
+    return digests
 
 
 def _other_files(checkpoint: Checkpoint) -> dict[str, str]:
@@ -186,15 +216,22 @@ def _require_same(folder: Path, design: Design, manifest: Mapping[str, Any]) -> 
             f"{folder} holds a study of qllm {old.get('qllm')}, and this is {manifest['qllm']};"
             f" {way_out}"
         )
-    models = old.get("models")
-    for name, entry in manifest["models"].items():
-        before = models.get(name, {}).get("files", {}) if isinstance(models, dict) else {}
-        for file, digest in entry["files"].items():
-            if before.get(file) != digest:
-                raise QllmFileError(
-                    f"{folder} holds a study of another {name}: the SHA-256 of {file} was"
-                    f" {str(before.get(file))[:16]}... and is {digest[:16]}...; {way_out}"
-                )
+    for kind in ("models", "arms"):
+        found = old.get(kind)
+        for name, entry in manifest[kind].items():
+            before = found.get(name, {}).get("files", {}) if isinstance(found, dict) else {}
+            _require_same_files(folder, name, before, entry["files"], way_out)
+
+
+def _require_same_files(
+    folder: Path, name: str, before: Mapping[str, Any], now: Mapping[str, str], way_out: str
+) -> None:
+    for file, digest in now.items():
+        if before.get(file) != digest:
+            raise QllmFileError(
+                f"{folder} holds a study of another {name}: the SHA-256 of {file} was"
+                f" {str(before.get(file))[:16]}... and is {digest[:16]}...; {way_out}"
+            )
 
 
 class _Work:
@@ -208,6 +245,9 @@ class _Work:
         self.keys = cell_keys(design)
         self.total = len(self.keys) + 2  # tables; pictures and report
         self.steps = 0
+        self.plan = outline(design, sizes_of(design))
+        self.costs = {(cell.model, cell.arm): cell for cell in self.plan.cells}
+        self.pace = Pace(self.plan.tokens)
 
     def do(self, executor: Executor | None) -> None:
         """Reads the cells that are there, and computes and writes the others."""
@@ -220,18 +260,24 @@ class _Work:
                 continue
             if body is not None:
                 self.done[key] = body
+                self.pace.skip(self.costs[key].tokens)
                 self.step(f"{_label(key)}: was there")
+        if len(self.done) < len(self.keys):
+            self.notice(self.plan.memory)
         references = [key for key in self.keys if key[1] == self.design.reference.name]
         for stage in (
             references,
             [key for key in self.keys if key not in references and key[1] != SPEED],
             *([key] for key in self.keys if key[1] == SPEED),
         ):
-            missing = [self._task(key) for key in stage if key not in self.done]
+            missing = [
+                (self._task(key), self.costs[key].need) for key in stage if key not in self.done
+            ]
             for task, body, seconds in _computed(missing, executor):
                 key = (task.model, task.arm)
                 write_cell(self._path(key), self._fingerprint(key), body)
                 self.done[key] = body
+                self.pace.work(self.costs[key].tokens)
                 self.step(f"{_label(key)}: {seconds:.1f} s")
 
     def _task(self, key: tuple[str, str]) -> Task:
@@ -250,11 +296,25 @@ class _Work:
     def step(self, text: str) -> None:
         """Tells that one more step is done."""
         self.steps += 1
-        self.tell(Event(self.steps, self.total, text))
+        self._tell(text, notice=False)
 
     def notice(self, text: str) -> None:
         """Tells something that is no step."""
-        self.tell(Event(self.steps, self.total, text, notice=True))
+        self._tell(text, notice=True)
+
+    def _tell(self, text: str, notice: bool) -> None:
+        pace = self.pace
+        self.tell(
+            Event(
+                self.steps,
+                self.total,
+                text,
+                notice,
+                pace.tokens,
+                pace.total,
+                pace.seconds_left(),
+            )
+        )
 
 
 def cell_keys(design: Design) -> list[tuple[str, str]]:
@@ -279,6 +339,7 @@ def fingerprint(manifest: Mapping[str, Any], model: str, arm: str) -> str:
     parts = [
         manifest["design_sha256"],
         manifest["models"][model]["files"],
+        manifest["arms"].get(arm, {}).get("files", {}),
         manifest["qllm"],
         model,
         arm,
@@ -291,17 +352,17 @@ def _label(key: tuple[str, str]) -> str:
 
 
 def _computed(
-    tasks: list[Task], executor: Executor | None
+    tasks: list[tuple[Task, Need]], executor: Executor | None
 ) -> Iterator[tuple[Task, dict[str, Any], float]]:
     """Each task with its body and its seconds, as they are done: here one by one, or by the
     executor in any order. When one fails, those that are done come first and then its error."""
     if executor is None:
-        for task in tasks:
-            body, seconds = _timed_compute(task)
+        for task, need in tasks:
+            body, seconds = _timed_compute(task, need)
             yield task, body, seconds
         return
     futures: dict[Future[Any], Task] = {
-        executor.submit(_timed_compute, task): task for task in tasks
+        executor.submit(_timed_compute, task, need): task for task, need in tasks
     }
     failure: BaseException | None = None
     waiting = set(futures)
@@ -310,7 +371,7 @@ def _computed(
             ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ready:
                 if (error := future.exception()) is not None:
-                    failure = failure or error
+                    failure = failure or _named(error, futures[future])
                 else:
                     yield futures[future], *future.result()
     finally:
@@ -320,9 +381,22 @@ def _computed(
         raise failure
 
 
-def _timed_compute(task: Task) -> tuple[dict[str, Any], float]:
+def _named(error: BaseException, task: Task) -> BaseException:
+    """The error of a cell; for a worker that has ended, one sentence which says so."""
+    if type(error).__name__ not in ("KilledWorker", "BrokenProcessPool", "BrokenThreadPool"):
+        return error
+    lost = QllmError(
+        f"the process that computed {task.model} {task.arm} has ended, and again where that was"
+        " tried: often memory is too small for as many cells at a time; what is finished stays, and"
+        " the same call goes on from there"
+    )
+    lost.__cause__ = error
+    return lost
+
+
+def _timed_compute(task: Task, need: Need) -> tuple[dict[str, Any], float]:
     start = time.monotonic()
-    body = compute(task)
+    body = compute(fitted(task, need))
     return body, time.monotonic() - start
 
 
