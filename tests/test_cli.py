@@ -78,7 +78,7 @@ def one_error(err: str) -> str:
     ("score demo:llama --text - --window 8 --stride 8", ["--stride 8", "no context"]),
     ("bench --formats bf16,nf", ["no format 'nf'", "did you mean nf4?"]),
     ("bench --formats original", ["no format 'original'"]),
-    ("study demo:llama", ["required: --out"]),
+    ("study demo:llama", ["qllm study needs --out"]),
     ("info --quantization nf4", ["--quantization needs a MODEL"]),
     ("info --device cuda", ["--device needs a MODEL"]),
     ("info --threads 2", ["--threads needs a MODEL"]),

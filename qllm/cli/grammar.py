@@ -209,9 +209,17 @@ def _study(commands: Any) -> None:
                         help=MODEL + " (default: those of the profile)")
     parser.add_argument("--profile", default="smoke", type=text, metavar="NAME",
                         help="a profile, or the path of a design in JSON (default: smoke)")
-    parser.add_argument("--out", required=True, metavar="DIR",
-                        help="the folder for the results; a study that was interrupted there goes"
-                        " on")
+    parser.add_argument("--out", metavar="DIR",
+                        help="the folder for the results, needed unless --dry-run; a study that was"
+                        " interrupted there goes on")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print cells, tokens, time and memory, and compute nothing")
+    parser.add_argument("--workers", type=whole(1), metavar="N",
+                        help="compute cells in N processes of this machine (needs"
+                        " qllm[dask])")
+    parser.add_argument("--dask", type=text, metavar="ADDRESS",
+                        help="compute cells on the Dask cluster whose scheduler is there, as in"
+                        " tcp://10.0.0.1:8786")
     parser.add_argument("--fresh", action="store_true",
                         help="begin anew where the folder holds a study")
     parser.add_argument("--threads", type=whole(1), metavar="N",

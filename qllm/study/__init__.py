@@ -8,6 +8,7 @@ study.report                  # path of a self-contained HTML file
 
 from __future__ import annotations
 
+from .cluster import cluster
 from .design import ARMS, PROFILES, Arm, Claim, Design, Speed, Text, resolve
 from .plan import Plan, plan
 from .progress import Event
@@ -25,6 +26,7 @@ __all__ = [
     "Speed",
     "Study",
     "Text",
+    "cluster",
     "load",
     "plan",
     "resolve",
