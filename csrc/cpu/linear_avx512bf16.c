@@ -69,7 +69,7 @@ QLLM_INLINE void stream_group(const int rows, int64_t lines, const uint8_t *at,
         p[m] = lanes_zero();
     for (int64_t line = 0; line < lines; line++) {
         const uint8_t *from = at + line * QLLM_LINE;
-        __builtin_prefetch(from + QLLM_PREFETCH_BYTES);
+        qllm_prefetch(from);
         ilanes w = ilanes_load(from);
         LANES_UNROLL
         for (int m = 0; m < rows; m++)

@@ -41,9 +41,13 @@ QLLM_INLINE lanes weight_at(qllm_layout kind, const uint8_t *at, int j, lanes_ta
 
 QLLM_INLINE void prefetch_step(qllm_layout kind, const uint8_t *at)
 {
+    if (kind == QLLM_LAYOUT_BLOCKS) {
+        qllm_prefetch_codes(at);
+        return;
+    }
     LANES_UNROLL
     for (int64_t line = 0; line < step_bytes(kind); line += QLLM_LINE)
-        __builtin_prefetch(at + QLLM_PREFETCH_BYTES + line);
+        qllm_prefetch(at + line);
 }
 
 /* y[m] += the groups g .. g + chains - 1, for `rows` rows of x. */

@@ -87,7 +87,7 @@ QLLM_INLINE void int8_single(const qllm_packed *packed, const float *bias, const
         LANES_UNROLL
         for (int c = 0; c < INT8_CHAINS; c++) {
             const uint8_t *line = base + (k / 4 + c) * QLLM_LINE;
-            __builtin_prefetch(line + QLLM_PREFETCH_BYTES);
+            qllm_prefetch(line);
             sum[c] = ilanes_dot(sum[c], ilanes_load(line),
                                 ilanes_dot_word(four_codes(q + k + 4 * c)));
         }

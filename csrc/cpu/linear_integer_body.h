@@ -17,7 +17,7 @@ QLLM_INLINE void add_lines(const bool wide, const int rows, const int chains, in
 {
     const int vectors = wide ? 4 : 2;
     for (int64_t line = 0; line < lines; line++) {
-        __builtin_prefetch(at + line * QLLM_LINE + QLLM_PREFETCH_BYTES);
+        qllm_prefetch_codes(at + line * QLLM_LINE);
         code_vectors w = lanes_decode(wide, codes, at + line * QLLM_LINE);
         LANES_UNROLL
         for (int j = 0; j < vectors; j++)

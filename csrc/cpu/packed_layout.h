@@ -33,10 +33,23 @@ enum {
     QLLM_LINE = 64,       /* bytes */
     QLLM_UNIT_BLOCKS = 4, /* blocks whose nested absmax codes share a line */
     QLLM_STEP = 8,        /* columns in one line of 4-bit codes */
-    QLLM_INT8_PAD = 64,
-    QLLM_PREFETCH_BYTES = 4096 /* how far ahead kernels ask for lines: arithmetic shortens the
-                                  processor's own look-ahead, which also ends with the page */
+    QLLM_INT8_PAD = 64
 };
+
+/* Kernels ask for lines ahead: arithmetic shortens the processor's own look-ahead, which also ends
+ * with the page.  How was found by measuring.  A kernel that does little with a line asks for it in
+ * the first-level cache.  4-bit codes take longer than that cache, which can wait for few lines at
+ * a time, should be kept waiting: they are asked for in the second level, from which the processor
+ * fetches them in time.  There no line may be left out, or the kernel waits for each of those. */
+static inline void qllm_prefetch(const uint8_t *line)
+{
+    __builtin_prefetch(line + 4096, 0, 3);
+}
+
+static inline void qllm_prefetch_codes(const uint8_t *line)
+{
+    __builtin_prefetch(line + 6144, 0, 2);
+}
 
 struct qllm_packed {
     qllm_format format;

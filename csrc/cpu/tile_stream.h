@@ -61,8 +61,9 @@ static void stream_read_unit(tile_stream *s, int64_t u)
     int64_t block = u * QLLM_UNIT_BLOCKS;
     lanes value[QLLM_UNIT_BLOCKS], second;
     ilanes index = ilanes_add(ilanes_load(s->first), ilanes_set1((int32_t)block));
-    lanes_unit_values(p->nested_code, p->nested_planes,
-                      ilanes_load(s->base + qllm_unit_codes_offset(p, u)), value);
+    const uint8_t *line = s->base + qllm_unit_codes_offset(p, u);
+    qllm_prefetch_codes(line);
+    lanes_unit_values(p->nested_code, p->nested_planes, ilanes_load(line), value);
     if (block >= s->change) {
         ilanes inside = ilanes_and(index, ilanes_set1(QLLM_NESTED_BLOCKSIZE - 1));
         s->change = block + QLLM_NESTED_BLOCKSIZE - ilanes_max_all(inside);
@@ -95,8 +96,9 @@ QLLM_INLINE lanes scale_at(qllm_layout kind, bool nested, const tile_stream *s, 
     int64_t b = g >> s->block_shift;
     if (nested)
         return lanes_load(s->unit[b % QLLM_UNIT_BLOCKS]);
-    int64_t lines = (b + 1) * s->block_groups * GROUP_STEPS + b;
-    return lanes_load((const float *)(const void *)(s->base + lines * QLLM_LINE));
+    const uint8_t *line = s->base + ((b + 1) * s->block_groups * GROUP_STEPS + b) * QLLM_LINE;
+    qllm_prefetch_codes(line);
+    return lanes_load((const float *)(const void *)line);
 }
 
 QLLM_INLINE void read_unit_if_first(bool nested, tile_stream *s, int64_t g)
