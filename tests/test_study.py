@@ -18,7 +18,6 @@ from small_studies import SMALL, TINY
 from qllm.errors import QllmFileError, QllmValueError
 from qllm.study import Arm, Design, Study, Text, load, run
 from qllm.study.prompts import PASSAGES
-from qllm.study.report import escape, report_html
 from qllm.study.statistics import Intervals
 from qllm.study.tables import TABLES
 
@@ -256,19 +255,6 @@ def test_load_gives_the_same(study):
     assert "C1a" in again._repr_html_() and "small" in repr(again)
 
 
-def test_plots_are_matplotlib_figures(study):
-    from matplotlib.figure import Figure
-
-    figure = study.plot("divergence")
-    assert isinstance(figure, Figure)
-    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 6
-    lines = {line.get_label() for line in figure.legends[0].get_lines()}
-    assert lines == {"int8", "nf4", "nf4-dq", "fp4", "fp4-dq"}
-    assert figure._repr_png_().startswith(b"\x89PNG")
-    with pytest.raises(QllmValueError, match="no plot 'pie'; there are divergence, survival"):
-        study.plot("pie")
-
-
 @pytest.mark.parametrize("arms", [("bf16", "null"), ("bf16", "int8")])
 def test_few_arms_are_a_study_too(tmp_path, arms):
     study = run(replace(TINY, arms=arms, temperatures=(1.0,)), out=tmp_path / "out")
@@ -466,76 +452,6 @@ def test_full_disk_is_one_sentence(tmp_path, monkeypatch):
     ) as info:
         run(TINY, out=tmp_path / "out")
     assert "\n" not in str(info.value) and not list(tmp_path.rglob("*.partial"))
-
-
-# --------------------------------------------------------------------------------------- report
-
-
-def test_report_needs_nothing_else(study):
-    page = study.report.read_text("utf-8")
-    assert not re.search(r"https?:|//[a-z]|<script|<link|<iframe|@import|url\(", page, re.I)
-    assert page.count('src="data:image/svg+xml;base64,') == 4
-    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
-    for words in ("Short answer", "Methods", "Limits", "SHA-256", "demonstration", "<mark>"):
-        assert words in page
-    for digest in study.manifest["models"]["demo:llama"]["files"].values():
-        assert digest in page
-
-
-def test_report_is_well_formed(study):
-    from html.parser import HTMLParser
-
-    class Checker(HTMLParser):
-        void = {"meta", "img", "br"}
-
-        def __init__(self):
-            super().__init__()
-            self.stack = []
-
-        def handle_starttag(self, tag, attributes):
-            if tag not in self.void:
-                self.stack.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.stack.pop() == tag
-
-    checker = Checker()
-    checker.feed(study.report.read_text("utf-8"))
-    assert checker.stack == []
-
-
-def test_report_escapes_what_it_did_not_write(study):
-    nasty = "<script>alert('&')</script>\x00\x1b"
-    tables = {name: frame.copy() for name, frame in study.tables.items()}
-    samples = tables["samples"]
-    samples["text"] = nasty + samples["text"]
-    prompts = tuple(replace(prompt, text=nasty) for prompt in SMALL.prompts)
-    page = report_html(
-        Study(study.folder, replace(SMALL, name=nasty, prompts=prompts), study.manifest, tables), {}
-    )
-    assert "<script" not in page and "\x00" not in page and "\x1b" not in page
-    assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;\ufffd\ufffd" in page
-    assert (
-        "<script"
-        not in Study(study.folder, replace(SMALL, name=nasty), study.manifest, tables)._repr_html_()
-    )
-    assert escape("\ta\nb") == "\ta\nb"
-
-
-def test_first_divergence_is_marked(study):
-    samples = study.tables["samples"]
-    parted = samples[~samples["equal"] & (samples["arm"] == "fp4")]
-    assert len(parted) > 0
-    page = study.report.read_text("utf-8")
-    plain = samples[samples["arm"] == "bf16"].set_index(["model", "temperature", "seed", "prompt"])
-    marked = 0
-    for _, row in parted.iterrows():
-        other = plain.loc[(row["model"], row["temperature"], row["seed"], row["prompt"]), "ids"]
-        one, two = other.split(), row["ids"].split()
-        place = int(row["first_divergence"])
-        assert one[:place] == two[:place] and one[place : place + 1] != two[place : place + 1]
-        marked += 1
-    assert 0 < page.count("<mark>") and marked == len(parted)
 
 
 # ------------------------------------------------------------------------------------- progress

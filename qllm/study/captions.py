@@ -1,67 +1,24 @@
-"""Sentences about a study, computed from its tables: what a figure shows, in numbers."""
+"""Sentences about a study, computed from its tables: the short answer, and what each figure
+shows."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from .plots import label, survival_temperatures
+from .lookup import compared, label, one, ordinary, rows, shown_temperatures, source_of
+from .plots_cost import bandwidth, decoding
+from .plots_logits import DIFFERENCES, SLOPES
+from .plots_texts import hazards
+from .wording import estimate, interval, listed, number, percent, size
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
     from .result import Study
 
-SMALL_BYTES = 100_000_000
-"""Models with fewer bytes in their swapped layers are called too small for timings to mean much."""
-
-_RAISED = str.maketrans(
-    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
-)
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number with some significant digits, powers of ten written out as such."""
-    if math.isnan(value):
-        return "\u2013"
-    if math.isinf(value):
-        return "\u221e" if value > 0 else "\u2212\u221e"
-    if float(value).is_integer() and abs(value) < 1e6:
-        return f"{value:.0f}".replace("-", "\u2212")
-    text = f"{value:.{digits}g}"
-    if "e" in text:
-        mantissa, power = text.split("e")
-        return f"{mantissa} \u00d7 10{str(int(power)).translate(_RAISED)}".replace("-", "\u2212")
-    return text.replace("-", "\u2212")
-
-
-def interval(row: Any, digits: int = 3) -> str:
-    """[low, high] of a row, or nothing when it has no interval or no width."""
-    if math.isnan(row["low"]) or row["low"] == row["high"]:
-        return ""
-    return f"[{number(row['low'], digits)}, {number(row['high'], digits)}]"
-
-
-def percent(value: float) -> str:
-    """A share as a whole percentage."""
-    return f"{100 * value:.0f} %"
-
-
-def rows(frame: DataFrame, **equal: Any) -> DataFrame:
-    """The rows in which every named column has the given value."""
-    for name, value in equal.items():
-        frame = frame[frame[name] == value]
-    return frame
-
-
-def one(frame: DataFrame, **equal: Any) -> Series:
-    """The first such row."""
-    return rows(frame, **equal).iloc[0]
-
-
-def arms_of(study: Study) -> list[str]:
-    """Names of the ordinary arms."""
-    return [arm.name for arm in study.design.arms if arm.role == "arm"]
+CACHED_BYTES = 100_000_000
+"""Models with fewer bytes of weights are called too small for timings to mean much."""
 
 
 def null_sentence(study: Study) -> tuple[bool, str]:
@@ -86,7 +43,7 @@ def null_sentence(study: Study) -> tuple[bool, str]:
             " nothing else."
         )
     worst = "; ".join(
-        f"{label(row['model'])} {row['measure']} {number(row['largest_difference'])}"
+        f"{label(row['model'])} {row['arm']} {row['measure']} {number(row['largest_difference'])}"
         for _, row in wrong.iterrows()
     )
     return False, (
@@ -95,51 +52,97 @@ def null_sentence(study: Study) -> tuple[bool, str]:
     )
 
 
+def control_sentence(study: Study) -> tuple[bool, str]:
+    """Whether the positive control is seen (its 1 - agreement at temperature 1 lies above that of
+    every arm, the intervals apart), and a sentence that says so."""
+    controls = [arm for arm in study.design.arms if arm.role == "control"]
+    if not controls:
+        return False, (
+            "This study has no positive control, so nothing shows that it could have seen a"
+            " difference."
+        )
+    summary, clauses, seen = study.tables["summary"], [], True
+    for control in controls:
+        for model in study.design.models:
+            row = _flips(summary, model, control.name)
+            if row is None:
+                continue
+            found = [_flips(summary, model, arm.name) for arm in ordinary(study.design)]
+            tops = [float(other["high"]) for other in found if other is not None]
+            highest = max(tops, default=0.0)
+            seen = seen and bool(row["low"] > highest)
+            clauses.append(f"{label(model)} {percent(row['estimate'])} {_percents(row)}".rstrip())
+    if not clauses:
+        return False, "The positive control was not compared with the reference."
+    names = listed([arm.name for arm in controls])
+    verdict = (
+        "above every arm with the intervals apart: a format that bad would have been seen"
+        if seen
+        else "NOT clearly above every arm, so a difference of that size may go unseen here"
+    )
+    return seen, (
+        f"Positive control (arm {names}), a deliberately bad 4-bit format: at temperature 1 the next"
+        f" token is another one in {'; '.join(clauses)} of all places, {verdict}."
+    )
+
+
+def _percents(row: Any) -> str:
+    if math.isnan(row["low"]):
+        return ""
+    return f"[{percent(row['low'])}, {percent(row['high'])}]"
+
+
+def _flips(summary: DataFrame, model: str, arm: str) -> Any:
+    return one(
+        summary, model=model, arm=arm, source=source_of(summary), measure="disagreement_at_1"
+    )
+
+
 def order(study: Study, model: str) -> list[tuple[str, float]]:
     """Arms and their mean KL over all temperatures, the nearest to the reference first."""
     summary = study.tables["summary"]
-    found = [
-        (
-            arm,
-            float(one(summary, model=model, arm=arm, source="all", measure="kl_mean")["estimate"]),
+    found = []
+    for arm in ordinary(study.design):
+        row = one(
+            summary, model=model, arm=arm.name, source=source_of(summary), measure="kl_mean"
         )
-        for arm in arms_of(study)
-    ]
+        if row is not None:
+            found.append((arm.name, float(row["estimate"])))
     return sorted(found, key=lambda pair: pair[1])
 
 
 def short_answer(study: Study) -> list[str]:
-    """The study in a few sentences: one about every model, one about memory."""
-    design, summary = study.design, study.tables["summary"]
-    plain = design.reference.name
-    sentences = []
-    for model in design.models:
+    """The study in a few sentences, one or two about every model."""
+    summary, plain, sentences = study.tables["summary"], study.design.reference.name, []
+    for model in study.design.models:
         ranked = order(study, model)
         if not ranked:
             continue
         chain = ", ".join(f"{arm} {number(value, 2)}" for arm, value in ranked)
         sentence = (
-            f"{label(model)}: {ranked[0][0]} stays closest to {plain}, {ranked[-1][0]} departs the"
-            f" most (KL divergence in nats, mean over temperatures: {chain})."
+            f"{label(model)}: {ranked[0][0]} stays closest to {plain}"
+            + (f", {ranked[-1][0]} departs the most" if len(ranked) > 1 else "")
+            + f" (KL divergence in nats, mean over temperatures: {chain})."
         )
-        flips = rows(summary, model=model, source="all", measure="disagreement_at_1")
-        if len(flips):
+        flips = [(arm, _flips(summary, model, arm)) for arm, _ in ranked]
+        shares = [f"{percent(row['estimate'])} ({arm})" for arm, row in flips if row is not None]
+        if shares:
             sentence += (
-                " At temperature 1 and with the same noise, the next token is another one in "
-                + ", ".join(
-                    f"{number(100 * one(flips, arm=arm)['estimate'], 2)} % ({arm})"
-                    for arm, _ in ranked
-                )
-                + " of all places."
+                " At temperature 1 and with the same noise, the next token is another one in"
+                f" {', '.join(shares)} of all places."
             )
-        sentences.append(sentence + _peak_sentence(study, model, [arm for arm, _ in ranked]))
+        sentences.append(sentence + _peaks(study, model, [arm for arm, _ in ranked]))
     return sentences
 
 
-def _peak_sentence(study: Study, model: str, arms: list[str]) -> str:
+def _peaks(study: Study, model: str, arms: list[str]) -> str:
     """Between which temperatures the peaks of the arms lie, and whether the band holds them."""
-    found = [float(_peak(study, model, arm)["estimate"]) for arm in arms]
-    found = sorted(value for value in found if not math.isnan(value))
+    rows_of = [_sensitivity(study, model, arm, "peak") for arm in arms]
+    found = sorted(
+        float(row["estimate"])
+        for row in rows_of
+        if row is not None and not math.isnan(row["estimate"])
+    )
     if not found:
         return ""
     low, high = study.design.band
@@ -155,20 +158,16 @@ def _peak_sentence(study: Study, model: str, arms: list[str]) -> str:
     )
 
 
-def _peak(study: Study, model: str, arm: str) -> Series:
+def _sensitivity(study: Study, model: str, arm: str, kind: str) -> Any:
+    table = study.tables["sensitivity"]
     return one(
-        study.tables["sensitivity"],
-        model=model,
-        arm=arm,
-        source="all",
-        kind="peak",
-        measure="disagreement",
+        table, model=model, arm=arm, source=source_of(table), kind=kind, measure="disagreement"
     )
 
 
 def divergence(study: Study) -> str:
     """Caption of the figure of that name."""
-    design, sensitivity = study.design, study.tables["sensitivity"]
+    design = study.design
     low, high = design.band
     parts = [
         f"How far the next-token distribution is from {design.reference.name}'s at each"
@@ -180,29 +179,18 @@ def divergence(study: Study) -> str:
         if not ranked:
             continue
         worst = ranked[-1][0]
-        top = _peak(study, model, worst)
-        inside = low - 1e-9 <= top["estimate"] <= high + 1e-9
-        edge = " (the lowest measured)" if top["estimate"] == min(design.logit_temperatures) else ""
+        if (top := _sensitivity(study, model, worst, "peak")) is not None:
+            inside = low - 1e-9 <= top["estimate"] <= high + 1e-9
+            lowest = top["estimate"] == min(design.logit_temperatures)
+            parts.append(
+                f"In {label(model)}, {worst} is the furthest: its 1 \u2212 agreement peaks at"
+                f" temperature {estimate(top)}{' (the lowest measured)' if lowest else ''},"
+                f" {'inside' if inside else 'outside'} the band."
+            )
+        contrasts = [(arm, _sensitivity(study, model, arm, "contrast")) for arm, _ in ranked]
+        greater = [arm for arm, row in contrasts if row is not None and row["low"] > 0]
         parts.append(
-            f"In {label(model)}, {worst} is the furthest: its 1 \u2212 agreement peaks at"
-            f" temperature {number(top['estimate'])} {interval(top)}{edge},"
-            f" {'inside' if inside else 'outside'} the band."
-        )
-        greater = [
-            arm
-            for arm, _ in ranked
-            if one(
-                sensitivity,
-                model=model,
-                arm=arm,
-                source="all",
-                kind="contrast",
-                measure="disagreement",
-            )["low"]
-            > 0
-        ]
-        parts.append(
-            f"It is clearly higher inside the band than around it for {', '.join(greater)}."
+            f"It is clearly higher inside the band than around it for {listed(greater)}."
             if greater
             else "For no arm is it clearly higher inside the band than around it."
         )
@@ -211,25 +199,76 @@ def divergence(study: Study) -> str:
     return " ".join(parts)
 
 
+def tenths(study: Study) -> str:
+    """Caption of the figure of that name."""
+    design, table = study.design, rows(study.tables["tenths"], measure="disagreement")
+    near = min(table["temperature"].unique(), key=lambda value: abs(value - 1))
+    parts = [
+        "Where the damage sits: tokens sorted by the probability that"
+        f" {design.reference.name} gave its first choice. Left, it was unsure; right, sure."
+    ]
+    for model in design.models:
+        ranked = order(study, model)
+        if not ranked:
+            continue
+        worst = ranked[-1][0]
+        part = rows(table, model=model, arm=worst, temperature=near).dropna(subset=["estimate"])
+        if len(part) < 2:
+            continue
+        part = part.sort_values("tenth")
+        first, last = part.iloc[0], part.iloc[-1]
+        parts.append(
+            f"In {label(model)} at temperature {near:g}, {worst} takes another token than"
+            f" {design.reference.name} in {percent(first['estimate'])} of the places with"
+            f" p below {number((first['tenth'] + 1) / 10)} and in {percent(last['estimate'])} of"
+            f" those above {number(last['tenth'] / 10)}, which are"
+            f" {percent(last['tokens'] / part['tokens'].sum())} of all."
+        )
+    return " ".join(parts)
+
+
 def survival(study: Study) -> str:
     """Caption of the figure of that name."""
     design, table = study.design, study.tables["survival"]
+    chosen, last = shown_temperatures(design), design.max_new_tokens
     parts = [
         f"Share of texts that still equal the text of {design.reference.name} for the same prompt"
-        " and the same noise, against the number of tokens written."
+        " and the same noise, against the number of tokens written (Kaplan-Meier)."
     ]
-    last = design.max_new_tokens
     for model in design.models:
-        for temperature in sorted(
-            {min(survival_temperatures(design)), max(survival_temperatures(design))}
-        ):
-            end = rows(table, model=model, temperature=temperature, position=last)
-            shares = [(arm, float(one(end, arm=arm)["estimate"])) for arm in arms_of(study)]
+        for temperature in sorted({chosen[0], chosen[-1]}):
+            shares = []
+            for arm in ordinary(design):
+                curve = rows(table, model=model, temperature=temperature, arm=arm.name)
+                if len(curve):
+                    shares.append(f"{arm.name} {percent(curve['estimate'].iloc[-1])}")
             if shares:
-                listed = ", ".join(f"{arm} {percent(share)}" for arm, share in shares)
                 parts.append(
-                    f"{label(model)} at temperature {temperature:g}: after {last} tokens {listed}."
+                    f"{label(model)} at temperature {temperature:g}: after {last} tokens"
+                    f" {', '.join(shares)}."
                 )
+    return " ".join(parts)
+
+
+def hazard(study: Study) -> str:
+    """Caption of the figure of that name."""
+    design, table = study.design, hazards(study).dropna(subset=["expected"])
+    parts = [
+        "How often a text that was still equal parts at its next token, against what the logits of"
+        f" {design.reference.name}'s own texts foresee without any sampling (1 \u2212 agreement at"
+        " the same temperature). On the line texts drift just as the logits say, one token at a"
+        " time and with no memory."
+    ]
+    names = [arm.name for arm in ordinary(design)]
+    for model in design.models:
+        part = rows(table, model=model)
+        part = part[part["arm"].isin(names)]
+        if len(part):
+            parts.append(
+                f"{label(model)}: {percent(part['observed'].mean())} observed,"
+                f" {percent(part['expected'].mean())} expected, in the mean over arms and"
+                " temperatures."
+            )
     return " ".join(parts)
 
 
@@ -238,73 +277,165 @@ def generation(study: Study) -> str:
     design, table = study.design, study.tables["generation"]
     plain = design.reference.name
     parts = [
-        "The texts themselves: share of word pairs (two tokens) that repeat within a text,"
-        f" diversity over the seeds of a prompt, and how unlikely {plain} finds the text."
+        "The texts themselves: repetition within a text, texts that end in a loop, surprise (how"
+        f" unlikely {plain} finds the text), diversity over the seeds of a prompt."
     ]
     for model in design.models:
         ours = rows(table, model=model, arm=plain, measure="nll_reference")
+        ours = ours.set_index("temperature")["estimate"].dropna()
         gaps = []
-        for arm in arms_of(study):
-            theirs = rows(table, model=model, arm=arm, measure="nll_reference")
-            difference = theirs["estimate"].to_numpy() - ours["estimate"].to_numpy()
-            gaps += [
-                (abs(gap), gap, arm, temperature)
-                for gap, temperature in zip(difference, ours["temperature"])
-                if not math.isnan(gap)
-            ]
+        for arm in ordinary(design):
+            theirs = rows(table, model=model, arm=arm.name, measure="nll_reference")
+            theirs = theirs.set_index("temperature")["estimate"]
+            gap = (theirs - ours).dropna()
+            gaps += [(abs(value), value, arm.name, at) for at, value in gap.items()]
         if gaps:
-            _, gap, arm, temperature = max(gaps)
-            first, last = ours["estimate"].iloc[0], ours["estimate"].iloc[-1]
+            _, gap, name, temperature = max(gaps)
             parts.append(
                 f"In {label(model)}, temperature moves the surprise of {plain}'s own texts from"
-                f" {number(first)} to {number(last)} nats per token; the largest gap between an"
-                f" arm and {plain} at one temperature is {number(gap, 2)} nats ({arm} at"
-                f" {temperature:g})."
+                f" {number(ours.iloc[0])} to {number(ours.iloc[-1])} nats per token; the largest"
+                f" gap between an arm and {plain} at one temperature is {number(gap, 2)} nats"
+                f" ({name} at {temperature:g})."
             )
+    return " ".join(parts)
+
+
+def slopes(study: Study) -> str:
+    """Caption of the figure of that name."""
+    design, table = study.design, rows(study.tables["slopes"], kind="interaction")
+    low, high = design.band
+    names = [arm.name for arm in ordinary(design)]
+    parts = [
+        f"The band question itself: how much steeper a curve is from {low:g} to {high:g} than"
+        " around it (open dots), and how much more so than the reference's (full dots, the"
+        f" interaction), with {percent(design.confidence)} intervals. Right of the line: more"
+        " sensitive in the band than the reference."
+    ]
+    for measure in dict.fromkeys(table["measure"]):
+        part = rows(table, measure=measure)
+        part = part[part["arm"].isin(names)]
+        above, below = (_named(part[kept]) for kept in (part["low"] > 0, part["high"] < 0))
+        said = [f"above 0 for {listed(above)}"] if above else []
+        said += [f"below 0 for {listed(below)}"] if below else []
+        name = SLOPES.get(measure, measure).split(",")[0]
+        parts.append(
+            f"Interaction in {name}: "
+            + ("clearly " + " and ".join(said) if said else "no interval excludes 0")
+            + "."
+        )
+    return " ".join(parts)
+
+
+def _named(part: DataFrame) -> list[str]:
+    """The arms of the rows, each with its model."""
+    return [f"{row['arm']} ({label(row['model'])})" for _, row in part.iterrows()]
+
+
+def differences(study: Study) -> str:
+    """Caption of the figure of that name."""
+    design, table = study.design, study.tables["differences"]
+    parts = [
+        f"Every arm at every temperature: the paired difference from {design.reference.name},"
+        " purple below and orange above it; a dot where the interval excludes 0. With so many"
+        " cells a few dots are chance."
+    ]
+    names = {arm.name for arm in ordinary(design)}
+    table = table[table["arm"].isin(names)]
+    for measure in (name for name in DIFFERENCES if name in set(table["measure"])):
+        part = rows(table, measure=measure).dropna(subset=["low"])
+        off = part[(part["low"] > 0) | (part["high"] < 0)]
+        parts.append(
+            f"{DIFFERENCES[measure].split(',')[0].capitalize()}: {len(off)} of {len(part)} cells"
+            " of the arms."
+        )
+    return " ".join(parts)
+
+
+def effective_temperature(study: Study) -> str:
+    """Caption of the figure of that name."""
+    design, table = study.design, study.tables["effective_temperature"]
+    source = source_of(table)
+    parts = [
+        f"Does a format heat or cool the model? \u03c4 is the temperature at which"
+        f" {design.reference.name} is most like the arm at T. Above 0 the arm acts hotter, below"
+        " it colder."
+    ]
+    for model in design.models:
+        said = []
+        for arm in ordinary(design):
+            part = rows(table, model=model, arm=arm.name, source=source).dropna(subset=["estimate"])
+            if len(part):
+                row = part.loc[(part["temperature"] - 1).abs().idxmin()]
+                said.append(f"{arm.name} {estimate(row, 2)}")
+                at = row["temperature"]
+        if said:
+            parts.append(f"{label(model)} at T = {at:g}: {', '.join(said)}.")
     return " ".join(parts)
 
 
 def cost(study: Study) -> str:
     """Caption of the figure of that name."""
-    design, weights = study.design, study.tables["weights"]
+    design, speed = study.design, study.tables["speed"]
     plain = design.reference.name
-    model = design.models[0]
-    held = ", ".join(
-        f"{arm} {number(one(weights, model=model, arm=arm)['bits_per_weight'], 4)}"
-        for arm in [plain, *arms_of(study)]
-    )
-    parts = [f"Bits per weight in the swapped layers, scales counted in: {held}."]
-    speed = study.tables.get("speed")
-    if speed is None:
-        return parts[0] + " Speed was not measured."
-    parts.append(
-        f"Speed: median of {design.speed.rounds if design.speed else 0} rounds, the arms in turn;"
-        " bars from the 10th to the 90th percentile."
-    )
-    for model in design.models:
-        found = []
-        for arm in arms_of(study):
-            row = one(speed, model=model, arm=arm, phase="decode")
-            found.append(f"{arm} {number(row['ratio'], 2)} {interval(row, 2)}")
-        parts.append(f"{label(model)}, decode at batch 1, times {plain}: {', '.join(found)}.")
-    small = [
-        label(name)
-        for name in design.models
-        if one(weights, model=name, arm=plain)["bytes"] < SMALL_BYTES
+    parts = [
+        f"Speed of decoding against the bytes of the weights; median of"
+        f" {design.speed.rounds if design.speed else 0} rounds, the arms in turn, bars from the"
+        " 10th to the 90th percentile."
     ]
+    small = []
+    for model in design.models:
+        found = [
+            f"{arm.name} {number(row['ratio'], 2)} {interval(row, 2)}".rstrip()
+            for arm in ordinary(design)
+            if (row := one(speed, model=model, arm=arm.name, phase="decode", batch=1)) is not None
+        ]
+        if found:
+            parts.append(f"{label(model)}, batch 1, times {plain}: {', '.join(found)}.")
+        if not math.isnan(per_second := bandwidth(study, model)):
+            shares = [row["percent_of_read"] for _, _, row in decoding(study, model, 1)]
+            parts.append(
+                f"The machine reads {size(per_second)} per second (the broken line); decoding"
+                f" reaches {number(min(shares), 2)} to {number(max(shares), 2)} % of what that"
+                " allows."
+            )
+        held = [weights for arm, weights, _ in decoding(study, model, 1) if arm == plain]
+        if held and held[0] < CACHED_BYTES:
+            small.append(label(model))
     if small:
         parts.append(
-            f"The layers of {' and '.join(small)} are so small that they stay in the processor's"
+            f"The weights of {listed(small)} are so small that they stay in the processor's"
             " caches, and much of the time is overhead per token: these speeds say little about"
             " real models."
         )
     return " ".join(parts)
 
 
-CAPTIONS = {
-    "divergence": divergence,
-    "survival": survival,
-    "generation": generation,
-    "cost": cost,
-}
-"""Figure -> its caption."""
+def frontier(study: Study) -> str:
+    """Caption of the figure of that name."""
+    design, table = study.design, study.tables["generation"]
+    plain = design.reference.name
+    parts = [
+        f"Quality against diversity: how unlikely {plain} finds the texts, against how different"
+        " the texts of one prompt are. Temperature rises along each curve (numbers: that of"
+        f" {plain}). An arm that lies on {plain}'s curve but further along is only shifted, as by"
+        " another temperature; one that lies above it is worse."
+    ]
+    for model in design.models:
+        ours = rows(table, model=model, arm=plain, measure="edit_distance").dropna(
+            subset=["estimate"]
+        )
+        if len(ours):
+            parts.append(
+                f"In {label(model)} the distance goes from {number(ours['estimate'].iloc[0], 2)}"
+                f" to {number(ours['estimate'].iloc[-1], 2)}."
+            )
+    return " ".join(parts)
+
+
+def explorer(study: Study) -> str:
+    """Caption of the still picture of the interactive figure."""
+    names = listed([arm.name for arm in compared(study.design)])
+    return (
+        f"Next-token probabilities of {study.design.reference.name} and {names} at one place of a"
+        " text; the ring marks the token that the shared noise picks in each arm."
+    )

@@ -16,7 +16,7 @@ from ..errors import QllmError, QllmFileError
 from ..strict_json import parse_object
 
 FOLDERS = ("cells", "tables", "plots")
-FILES = ("report.html", "manifest.json", "design.json")
+FILES = ("report.html", "manifest.json", "design.json", "play.json")
 """What a study writes into its folder; nothing else there is ever touched."""
 
 MAX_CELL_BYTES = 2_000_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..errors import QllmFileError, QllmValueError
 from ..saving import folder_path
 from ..strict_json import quoted, read_object
 from .design import MAX_DESIGN_BYTES, Design
+from .play import MAX_PLAY_BYTES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +39,13 @@ class Study:
         self.manifest = dict(manifest)
         self.tables = dict(tables)
 
+    @cached_property
+    def play(self) -> dict[str, Any]:
+        """What the interactive figure and the shaded texts show (`play.py` says in which shape);
+        empty when the study has none."""
+        path = self.folder / "play.json"
+        return read_object(path, MAX_PLAY_BYTES) if path.is_file() else {}
+
     @property
     def report(self) -> Path:
         """The report: one HTML file that needs nothing else."""
@@ -54,18 +63,24 @@ class Study:
 
     @property
     def plots(self) -> tuple[str, ...]:
-        """The names that `plot` knows."""
-        from .plots import PLOTS
+        """The names that `plot` knows, of the pictures that this study has."""
+        from .plots import PICTURES, absent
 
-        return tuple(PLOTS)
+        return tuple(name for name in PICTURES if absent(self, name) is None)
 
-    def plot(self, name: str = "divergence") -> Figure:
-        """A new matplotlib figure of one of `plots`, to be shown, changed or saved."""
-        from .plots import PLOTS
+    def plot(self, name: str = "divergence", narrow: bool = False) -> Figure:
+        """A new matplotlib figure of one of `plots`, to be shown, changed or saved; `narrow` for
+        the width of a phone. Raises `QllmValueError` for another name, or with the reason why this
+        study has not that picture."""
+        from .plots import PICTURES, absent
 
-        if name not in PLOTS:
-            raise QllmValueError(f"there is no plot {quoted(name)}; there are {', '.join(PLOTS)}")
-        return PLOTS[name](self)
+        if name not in PICTURES:
+            raise QllmValueError(
+                f"there is no plot {quoted(name)}; there are {', '.join(self.plots)}"
+            )
+        if (why := absent(self, name)) is not None:
+            raise QllmValueError(f"this study has no plot {quoted(name)}: {why}")
+        return PICTURES[name].draw(self, narrow=narrow)
 
     def __repr__(self) -> str:
         design = self.design
@@ -75,7 +90,7 @@ class Study:
         )
 
     def _repr_html_(self) -> str:
-        from .report import verdict_table
+        from .verdict_table import verdict_table
 
         name = html.escape(self.design.name)
         return (

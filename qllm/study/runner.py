@@ -406,6 +406,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _finish(work: _Work) -> Study:
     """Tables, pictures and report from the cells."""
+    from .play import play_data, write_play
     from .report import write_report
     from .result import Study
     from .tables import make_tables, write_tables
@@ -417,6 +418,7 @@ def _finish(work: _Work) -> Study:
     _write_manifest(work.folder, work.manifest)
     tables = make_tables(work.design, work.done)
     write_tables(work.folder / "tables", tables)
+    write_play(work.folder, play_data(work.design, work.done))
     work.step("tables")
     study = Study(work.folder, work.design, work.manifest, tables)
     write_report(study)
