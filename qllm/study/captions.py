@@ -71,7 +71,8 @@ def control_sentence(study: Study) -> tuple[bool, str]:
             tops = [float(other["high"]) for other in found if other is not None]
             highest = max(tops, default=0.0)
             seen = seen and bool(row["low"] > highest)
-            clauses.append(f"{label(model)} {percent(row['estimate'])} {_percents(row)}".rstrip())
+            share = f"{percent(row['estimate'])} {_percents(row)}".rstrip()
+            clauses.append(f"{label(model)} {share}")
     if not clauses:
         return False, "The positive control was not compared with the reference."
     names = listed([arm.name for arm in controls])
