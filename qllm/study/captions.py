@@ -82,8 +82,8 @@ def control_sentence(study: Study) -> tuple[bool, str]:
         else "NOT clearly above every arm, so a difference of that size may go unseen here"
     )
     return seen, (
-        f"Positive control (arm {names}), a deliberately bad 4-bit format: at temperature 1 the next"
-        f" token is another one in {'; '.join(clauses)} of all places, {verdict}."
+        f"Positive control (arm {names}), a deliberately bad 4-bit format: at temperature 1 the"
+        f" next token is another one in {'; '.join(clauses)} of all places, {verdict}."
     )
 
 

@@ -1,6 +1,6 @@
 /* The interactive figure: looks up, for a place of a text and a temperature, the next-token
    probabilities of all arms and the tokens that the shared noise picks. It reads the element
-   play-data, whose shape play.py describes, and writes text only, never markup. */
+   play-data, whose shape play_file.py describes, and writes text only, never markup. */
 "use strict";
 (function () {
   var holder = document.getElementById("play-data");

@@ -13,7 +13,7 @@ from ..errors import QllmFileError, QllmValueError
 from ..saving import folder_path
 from ..strict_json import quoted, read_object
 from .design import MAX_DESIGN_BYTES, Design
-from .play import MAX_PLAY_BYTES
+from .play_file import MAX_PLAY_BYTES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +41,8 @@ class Study:
 
     @cached_property
     def play(self) -> dict[str, Any]:
-        """What the interactive figure and the shaded texts show (`play.py` says in which shape);
-        empty when the study has none."""
+        """What the interactive figure and the shaded texts show, in the shape that `play_file.py`
+        says; empty when the study has none."""
         path = self.folder / "play.json"
         return read_object(path, MAX_PLAY_BYTES) if path.is_file() else {}
 

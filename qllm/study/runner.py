@@ -406,7 +406,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _finish(work: _Work) -> Study:
     """Tables, pictures and report from the cells."""
-    from .play import play_data, write_play
+    from .play_file import play_data, write_play
     from .report import write_report
     from .result import Study
     from .tables import make_tables, write_tables
