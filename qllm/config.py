@@ -13,6 +13,7 @@ import numpy as np
 from .bnb import FORMATS as QUANTIZED_FORMATS
 from .errors import QllmUnsupportedError, QllmValueError
 from .quantize import BLOCKSIZES
+from .sampling import LOGITS_DTYPES
 from .strict_json import lone_surrogate, quoted
 
 FLOAT_FORMATS = ("bf16", "f16", "f32")
@@ -124,7 +125,9 @@ class GenerationConfig:
     The logits of seen tokens are changed by `repetition_penalty` (1: off), divided by `temperature`
     (0: greedy), then cut to the `top_k` most probable (0: off), to the smallest set with
     probability `top_p` (1: off), and to those with at least `min_p` of the greatest probability
-    (0: off). `do_sample=False` is greedy, as temperature 0.
+    (0: off). `do_sample=False` is greedy, as temperature 0. With `keep_ties` top_k keeps every
+    token whose logit equals the k-th largest, as transformers does. `logits_dtype` "bfloat16"
+    rounds the logits before all of this, as models do that return them in bfloat16.
 
     A draw depends on (`seed`, prompt, step, token id) alone. Generation ends after `max_new_tokens`
     tokens, at an id of `eos_token_id` (None: the model's) unless `ignore_eos`, or when the text
@@ -142,6 +145,8 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     eos_token_id: tuple[int, ...] | None = None
     ignore_eos: bool = False
+    keep_ties: bool = False
+    logits_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -152,11 +157,15 @@ class GenerationConfig:
         set_(self, "repetition_penalty", _number(self, "repetition_penalty", low=0.0, above=True))
         set_(self, "max_new_tokens", _integer(self, "max_new_tokens", 1, 2**31 - 1))
         set_(self, "seed", _integer(self, "seed", 0, 2**64 - 1))
-        for name in ("do_sample", "ignore_eos"):
+        for name in ("do_sample", "ignore_eos", "keep_ties"):
             if type(getattr(self, name)) is not bool:
                 raise QllmValueError(
                     f"{name} is {quoted(getattr(self, name))}; True or False was expected"
                 )
+        if self.logits_dtype not in LOGITS_DTYPES:
+            raise QllmValueError(
+                f"logits_dtype is {quoted(self.logits_dtype)}; float32 or bfloat16 was expected"
+            )
         set_(self, "stop", _stop(self.stop))
         set_(self, "eos_token_id", _eos(self.eos_token_id))
 

@@ -18,6 +18,7 @@ import numpy as np
 from . import _core
 from .config import GenerationConfig, as_integer
 from .errors import QllmUnsupportedError, QllmValueError
+from .sampling import round_logits
 from .strict_json import quoted
 from .tokenizer import TextStream, Tokenizer
 
@@ -150,12 +151,12 @@ def run(decoder: Any, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
         new = [prompt for prompt, _ in entering if prompt.sequence is None]
         logits = _step(decoder, active, new)
         drawn = list(active)
-        _draw(active, logits[: len(active)], threads)
+        draw(active, logits[: len(active)], threads)
         for prompt, row_logits in zip(new, logits[len(active) :]):
             prompt.logits = row_logits[None].copy()  # not a view that keeps the whole step alive
         for prompt, started in entering:
             assert prompt.logits is not None
-            _draw(started, np.repeat(prompt.logits, len(started), axis=0), threads)
+            draw(started, np.repeat(prompt.logits, len(started), axis=0), threads)
             _start(prompt, started)
             drawn += started
         del logits
@@ -204,11 +205,15 @@ def _start(prompt: _Prompt, started: list[Row]) -> None:
         prompt.sequence = prompt.logits = None
 
 
-def _draw(rows: list[Row], logits: np.ndarray, threads: int) -> None:
-    """Draws the next token of each row from its logits (rows, vocab)."""
+def draw(rows: list[Row], logits: np.ndarray, threads: int) -> None:
+    """Draws the next token of each row from its logits (rows, vocab), as its options say."""
     if not rows:
         return
     configs = [row.config for row in rows]
+    rounded = [i for i, config in enumerate(configs) if config.logits_dtype != "float32"]
+    if rounded:
+        logits = logits.copy()
+        logits[rounded] = round_logits(logits[rounded], "bfloat16")
     penalized = any(config.repetition_penalty != 1 for config in configs)
     histories = [
         [*row.prompt_ids, *row.ids] if row.config.repetition_penalty != 1 else None for row in rows
@@ -223,6 +228,7 @@ def _draw(rows: list[Row], logits: np.ndarray, threads: int) -> None:
         seed=[config.seed for config in configs],
         prompt=[row.prompt_key for row in rows],
         step=[len(row.ids) for row in rows],
+        keep_ties=[config.keep_ties for config in configs],
         history=histories if penalized else None,
         threads=threads,
     )

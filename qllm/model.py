@@ -259,8 +259,8 @@ class Model:
 
         Options are those of `config` (default `GenerationConfig()`), changed by keyword:
         temperature, top_k, top_p, min_p, repetition_penalty, do_sample, max_new_tokens, seed, stop,
-        eos_token_id, ignore_eos. With a list of prompts an option may be a list with one value for
-        each. Results do not depend on what else is in the batch.
+        eos_token_id, ignore_eos, keep_ties, logits_dtype. With a list of prompts an option may be a
+        list with one value for each. Results do not depend on what else is in the batch.
 
         Raises `QllmValueError` before any work when an option has no meaning or prompt and
         max_new_tokens exceed the positions that the model has.

@@ -39,6 +39,7 @@ def sample(
     seed: Any = 0,
     prompt: Any = 0,
     step: Any = 0,
+    keep_ties: Any = False,
     history: Any = None,
     threads: int | None = None,
 ) -> Sampled:
@@ -50,7 +51,8 @@ def sample(
     * `repetition_penalty` > 0: the logit of a token in `history` is divided by it where positive,
       else multiplied, once however often the token came (Keskar et al. 2019);
     * `temperature` >= 0: divides the logits; 0 is greedy, the lowest id among equal logits;
-    * `top_k`: keeps the k largest, among equals the lower ids; None or 0 keeps all;
+    * `top_k`: keeps the k largest, among equals the lower ids, or with `keep_ties` all that equal
+      the k-th; None or 0 keeps all;
     * `top_p` in (0, 1]: keeps the fewest largest probabilities that sum to at least top_p
       (Holtzman et al. 2020);
     * `min_p` in [0, 1]: keeps probabilities of at least min_p times the largest (arXiv 2407.01082).
@@ -75,6 +77,7 @@ def sample(
             seed=seed,
             prompt=prompt,
             step=step,
+            keep_ties=keep_ties,
             history=history,
             threads=threads,
         )
@@ -120,6 +123,12 @@ class LogitStats:
     """The largest probability of p."""
     delta_p: np.ndarray
     """q[target] - p[target]; 0 without a target."""
+    cross: np.ndarray
+    """sum q ref: the mean under q of the reference's logits; -inf where q can draw what the
+    reference cannot. With log_z_ref it gives KL(q at T || p at any T') as
+    -entropy_test(T) - cross(T) / T' + log_z_ref(T')."""
+    log_z_ref: np.ndarray
+    """log sum exp(ref / T); at temperature 0 its limit, inf with the sign of the largest logit."""
     same_top: np.ndarray = field(repr=False)
     """(n,) bool, or one bool for one row: whether the argmax, lowest id among equals, is one."""
 

@@ -199,6 +199,18 @@ def test_generate_samples(model: qllm.Model, capsys: pytest.CaptureFixture[str])
     assert all(r["formats"] == ["bf16"] and r["prompt"] == PROMPT for r in results)
 
 
+def test_generate_as_other_programs_draw(
+        model: qllm.Model, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("generate", MODEL, "--prompt", PROMPT, "--top-k", "3", "--keep-ties",
+              "--logits-dtype", "bfloat16", "--temperature", "1.5", "--max-new-tokens", "8",
+              "--json", capsys=capsys)
+    record = json.loads(out)
+    expected = model.generate(PROMPT, top_k=3, keep_ties=True, logits_dtype="bfloat16",
+                              temperature=1.5, max_new_tokens=8)
+    assert record["ids"] == expected.ids
+    assert record["options"]["keep_ties"] and record["options"]["logits_dtype"] == "bfloat16"
+
+
 def test_generate_logprobs(model: qllm.Model, capsys: pytest.CaptureFixture[str]) -> None:
     out = run("generate", MODEL, "--prompt", PROMPT, "--logprobs", "--max-new-tokens", "4", "-n",
               "2", capsys=capsys)

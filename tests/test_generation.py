@@ -486,6 +486,8 @@ def test_scores(model: qllm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"top_k": -1}, ["top_k", "-1"]),
         ({"top_k": 2.0}, ["top_k", "2.0", "integer"]),
         ({"top_k": True}, ["top_k", "True"]),
+        ({"keep_ties": 1}, ["keep_ties", "1", "True or False"]),
+        ({"logits_dtype": "float16"}, ["logits_dtype", "float16", "float32 or bfloat16"]),
         ({"top_p": 0}, ["top_p", "above 0"]),
         ({"top_p": 1.01}, ["top_p", "1.01", "at most 1"]),
         ({"min_p": -0.1}, ["min_p", "from 0 to 1"]),
@@ -630,3 +632,45 @@ def test_a_length_limit_in_the_tokenizer_does_not_cut_texts(folder: Path, tmp_pa
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert len(qllm.Model.from_pretrained(tmp_path).encode("abcdefgh")) == 9
+
+
+# ------------------------------------------------------------------------- as other programs draw
+
+
+def test_rounded_logits_are_those_of_torch() -> None:
+    import torch
+
+    from qllm.sampling import round_logits
+
+    bits = np.random.default_rng(4).integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32)
+    values = np.concatenate([bits.view(np.float32), np.float32([0, -0.0, np.inf, -np.inf, np.nan])])
+    found = round_logits(values, "bfloat16")
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    nan = np.isnan(values)
+    np.testing.assert_array_equal(found[~nan].view(np.uint32), expected[~nan].view(np.uint32))
+    assert np.isnan(found[nan]).all() and round_logits(values, "float32") is values
+
+
+def test_ties_and_rounded_logits_in_generation() -> None:
+    """Each row is drawn as `sample` draws from its rounded logits, beside one that is not."""
+    model = qllm.Model.from_pretrained("demo:llama", compute="exact")
+    options = [
+        {"keep_ties": True, "logits_dtype": "bfloat16"}, {"logits_dtype": "bfloat16"}, {}
+    ]
+    results = model.generate(
+        ["Once upon a time"] * 3, top_k=5, temperature=1.2, seed=7, max_new_tokens=12,
+        keep_ties=[one.get("keep_ties", False) for one in options],
+        logits_dtype=[one.get("logits_dtype", "float32") for one in options],
+    )  # fmt: skip
+    from qllm.sampling import round_logits
+
+    for result, one in zip(results, options):
+        ids = result.prompt_ids + result.ids
+        logits = model.logits(ids[:-1])[len(result.prompt_ids) - 1 :]
+        drawn = qllm.sample(
+            round_logits(logits, one.get("logits_dtype", "float32")),
+            top_k=5, temperature=1.2, seed=7, prompt=result.prompt_key, step=range(len(logits)),
+            keep_ties=one.get("keep_ties", False),
+        )  # fmt: skip
+        assert drawn.tokens.tolist() == result.ids
+        assert drawn.logprobs.tolist() == result.logprobs

@@ -25,6 +25,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1e35},
     {"top_k": 1},
     {"top_k": 5, "temperature": 0.6},
+    {"top_k": 5, "keep_ties": True},
     {"top_k": 200, "top_p": 0.9},
     {"top_p": 0.9, "temperature": 1.5},
     {"top_p": 1e-9},

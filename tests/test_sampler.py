@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 import qllm
 from qllm import _core
@@ -142,6 +142,30 @@ def test_ties_go_to_the_lower_ids() -> None:
     assert kept(top_k=6) == [0, 1, 2, 3, 4, 5]
     assert kept(top_p=0.01) == [1] and kept(top_p=0.5) == [1, 3]
     assert kept(min_p=1.0) == [1, 3, 4]
+
+
+def test_top_k_keeps_all_that_equal_the_kth_where_asked() -> None:
+    """As Lit-GPT and transformers do: everything below the k-th largest logit is dropped."""
+    rng = np.random.default_rng(8)
+    for vocab in (1, 2, 9, 100, 1000):
+        logits = (rng.integers(-12, 12, (4, vocab)) / 4).astype(np.float32)
+        logits[1] = 0
+        logits[2, : vocab // 2] = -np.inf
+        logits[3, ::3] = -0.0
+        for k in (1, 2, 5, vocab // 2, vocab - 1, vocab, vocab + 3):
+            if k < 1:
+                continue
+            kept = _core.distribution(logits, top_k=k, keep_ties=True) > 0
+            kth = np.sort(logits, axis=1)[:, max(0, vocab - k), None]
+            np.testing.assert_array_equal(kept, (logits >= kth) & np.isfinite(logits))
+            if vocab > 1:
+                both = _core.distribution(logits[:2], top_k=[k, k], keep_ties=[True, False]) > 0
+                np.testing.assert_array_equal(both[0], kept[0])
+                assert both[1].sum() == min(k, vocab)
+    draws = qllm.sample(np.zeros((300, 8), np.float32), top_k=2, keep_ties=True, step=range(300))
+    assert set(draws.tokens.tolist()) == set(range(8))
+    flags = np.array([True, False])
+    assert (_core.distribution(np.zeros((2, 3), np.float32), top_k=1, keep_ties=flags) > 0).sum() == 4
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
@@ -328,6 +352,7 @@ def test_common_noise_couples_temperatures_monotonically() -> None:
 
 FIELDS = [
     "kl", "kl_reverse", "tv", "disagreement", "entropy_ref", "entropy_test", "max_ref", "delta_p",
+    "cross", "log_z_ref",
 ]  # fmt: skip
 DIFFERENCES = ["kl", "kl_reverse", "tv", "disagreement", "delta_p"]
 
@@ -371,11 +396,48 @@ def test_logit_stats_equal_numpy_and_scipy(noise: float) -> None:
                 "entropy_test": stats.entropy(q),
                 "max_ref": p.max(),
                 "delta_p": q[targets[row]] - p[targets[row]],
+                "cross": q @ ref[row].astype(np.float64),
+                "log_z_ref": special.logsumexp(ref[row].astype(np.float64) / temperature),
             }
             for name in FIELDS:
                 value = getattr(found, name)[row, t]
                 assert value == pytest.approx(expected[name], rel=1e-10, abs=1e-13), name
             assert found.agreement[row, t] == pytest.approx(naive_agreement(p, q), abs=1e-13)
+
+
+def test_divergences_between_any_two_temperatures_follow_from_one_pass() -> None:
+    """The identity behind the effective temperature, against a direct double loop."""
+    ref, test = pairs(4, 200, 0.5, seed=11)
+    grid = np.array([0.2, 0.5, 0.9, 1.0, 1.7])
+    found = qllm.logit_stats(ref, test, grid)
+    for row in range(4):
+        for t, one in enumerate(grid):
+            for u, other in enumerate(grid):
+                direct = stats.entropy(softmax(test[row], one), softmax(ref[row], other))
+                whole = (
+                    -found.entropy_test[row, t]
+                    - found.cross[row, t] / other
+                    + found.log_z_ref[row, u]
+                )
+                assert whole == pytest.approx(direct, rel=1e-9, abs=1e-12)
+
+
+def test_cross_and_log_z_where_tokens_are_excluded_and_at_temperature_0() -> None:
+    none = -np.inf
+    ref = np.array([[2, none, 1, 0], [2, 3, none, 0], [-1, -2, none, none], [0, 0, none, -5]])
+    test = np.array([[1, 3, 1, none], [1, 0, none, 4], [0, 2, none, none], [1, none, none, 2]])
+    ref, test = ref.astype(np.float32), test.astype(np.float32)
+    found = qllm.logit_stats(ref, test, [0.0, 0.5, 1.0])
+    assert found.cross[0].tolist() == [none] * 3  # the other can draw token 1, the reference cannot
+    assert found.cross[:, 0].tolist() == [none, 0, -2, -5]
+    assert found.log_z_ref[:, 0].tolist() == [np.inf, np.inf, none, 0]
+    for row in (1, 2, 3):
+        for t, temperature in ((1, 0.5), (2, 1.0)):
+            q, both = softmax(test[row], temperature), np.isfinite(ref[row])
+            expected = float((q[both] * ref[row][both].astype(np.float64)).sum())
+            assert found.cross[row, t] == pytest.approx(expected, rel=1e-12)
+    exact = special.logsumexp(ref.astype(np.float64)[:, :, None] / [0.5, 1.0], axis=1)
+    np.testing.assert_allclose(found.log_z_ref[:, 1:], exact, rtol=1e-13)
 
 
 def test_equal_rows_differ_by_exactly_0_at_40_temperatures() -> None:

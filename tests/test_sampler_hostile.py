@@ -44,6 +44,8 @@ BAD_NUMBERS = [
     ("top_k", 5.0, "top_k: expected an integer, found float"),
     ("top_k", True, "top_k: expected an integer, found bool"),
     ("top_k", "5", "top_k: expected an integer, found str"),
+    ("keep_ties", 1, "keep_ties: expected True or False, found a int"),
+    ("keep_ties", None, "keep_ties: expected True or False, found a NoneType"),
     ("top_p", 0.0, "top_p: | above 0 and at most 1 | found 0"),
     ("top_p", 1.5, "top_p: | above 0 and at most 1 | found 1.5"),
     ("top_p", -0.5, "top_p: | above 0 and at most 1 | found -0.5"),
@@ -85,7 +87,7 @@ NOISE_ONLY = [
 def test_a_parameter_outside_its_range_is_refused(name: str, value: Any, words: str) -> None:
     refused(words, qllm.sample, LOGITS, **{name: value})
     rows = np.stack([LOGITS, LOGITS])
-    good = {"seed": 1, "prompt": 1, "step": 1, "top_k": 1}.get(name, 1.0)
+    good = {"seed": 1, "prompt": 1, "step": 1, "top_k": 1, "keep_ties": False}.get(name, 1.0)
     refused(words, qllm.sample, rows, **{name: [good, value]})
     if name in {bad[0] for bad in BAD_NUMBERS}:
         refused(words, _core.distribution, LOGITS, **{name: value})

@@ -253,17 +253,25 @@ static void compare(const qllm_logit_ops *ops, const pair *s, double inverse, do
     out->entropy_ref[t] = log_p - qllm_lane_sum(sums.mean_a) * inverse;
     out->entropy_test[t] = log_q - qllm_lane_sum(sums.mean_b) * inverse;
     out->max_ref[t] = pair.p_scale;
+    /* sum q a = sum q b - sum q (b - a) */
+    out->cross[t] = s->ref_max + (qllm_lane_sum(sums.mean_b) - qllm_lane_sum(sums.kl_reverse));
+    if (isinf(out->kl_reverse[t]))
+        out->cross[t] = -INFINITY;
+    out->log_z_ref[t] = s->ref_max * inverse + log_p;
 }
 
-/* Temperature 0: both distributions are one-hot. */
-static void greedy(row_top ref, row_top test, int64_t target, const qllm_logit_stats *out,
-                   int64_t t)
+/* Temperature 0: both distributions are one-hot.  test_pick: the reference's logit at the argmax
+ * of the other. */
+static void greedy(row_top ref, row_top test, double test_pick, int64_t target,
+                   const qllm_logit_stats *out, int64_t t)
 {
     int differ = ref.argmax != test.argmax;
     out->kl[t] = out->kl_reverse[t] = differ ? INFINITY : 0;
     out->tv[t] = out->disagreement[t] = differ;
     out->entropy_ref[t] = out->entropy_test[t] = 0;
     out->max_ref[t] = 1;
+    out->cross[t] = test_pick;
+    out->log_z_ref[t] = ref.max == 0 ? 0 : copysign(INFINITY, ref.max);
     out->delta_p[t] = (test.argmax == target) - (ref.argmax == target);
 }
 
@@ -292,7 +300,7 @@ qllm_status qllm_logit_stats_row(const qllm_logit_ops *ops, const float *ref, co
         double inverse = qllm_inverse_temperature(temperatures[t]), totals[2];
         double factor = qllm_weight_factor(inverse);
         if (temperatures[t] == 0) {
-            greedy(ref_top, test_top, target, out, t);
+            greedy(ref_top, test_top, ref[test_top.argmax], target, out, t);
             continue;
         }
         compare(ops, &s, inverse, totals, out, t);

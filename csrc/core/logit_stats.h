@@ -27,6 +27,10 @@ typedef struct qllm_logit_stats {
     double *entropy_test; /* H(q) */
     double *max_ref;      /* max_i p_i */
     double *delta_p;      /* q[target] - p[target]; 0 without a target */
+    double *cross;        /* sum q_i ref_i, the mean of the reference's logits under q; -inf where q
+                             can draw what ref cannot */
+    double *log_z_ref;    /* log sum exp(ref_i / T); at T = 0 its limit: inf with the sign of the
+                             largest logit, and 0 where that is 0 */
 } qllm_logit_stats;
 
 /* Scratch bytes for one row; -1 where vocab is not 1 .. 2^31 - 1. */

@@ -46,8 +46,8 @@ typedef struct goal {
 
 qllm_sampling qllm_sampling_default(void)
 {
-    return (qllm_sampling){.temperature = 1, .top_k = 0, .top_p = 1, .min_p = 0,
-                           .repetition_penalty = 1, .seed = 0, .prompt = 0};
+    return (qllm_sampling){.temperature = 1, .top_k = 0, .keep_ties = false, .top_p = 1,
+                           .min_p = 0, .repetition_penalty = 1, .seed = 0, .prompt = 0};
 }
 
 qllm_status qllm_sampling_check(const qllm_sampling *s, qllm_error *error)
@@ -309,12 +309,14 @@ static void list(const row *r, kept *k, float bound)
 
 /* Where there are as many tiles, the limit-th largest of their tops bounds the limit-th largest
  * logit from below, and few tokens are left to look at. */
-static void keep_top_k(const row *r, kept *k, int64_t limit)
+static void keep_top_k(const row *r, kept *k, int64_t limit, bool keep_ties)
 {
     goal tops = {r->ops, r->tops, NULL, qllm_tiles(r->vocab), (double)limit};
     list(r, k, tops.n >= limit ? find_cut(&tops, -FLT_MAX, (float)r->max) : -FLT_MAX);
     goal all = {r->ops, k->values, NULL, k->count, (double)limit};
-    if (k->count > limit)
+    if (k->count > limit && keep_ties)
+        keep_from(k, find_cut(&all, k->cut, (float)r->max), k->count);
+    else if (k->count > limit)
         keep_largest(r, k, &all, one);
 }
 
@@ -362,7 +364,7 @@ static void filter(const row *r, const qllm_sampling *s, kept *k)
     k->listed = k->weighed = false;
     k->unfiltered = 0;
     if (top_k) {
-        keep_top_k(r, k, s->top_k);
+        keep_top_k(r, k, s->top_k, s->keep_ties);
         k->total = weigh_list(r, k);
     } else if (s->top_p < 1 || s->min_p <= 0)
         k->total = k->unfiltered = weigh(r->ops, r->logits, r->vocab, r->max, r->factor, NULL);

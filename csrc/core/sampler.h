@@ -7,6 +7,7 @@
 #ifndef QLLM_CORE_SAMPLER_H
 #define QLLM_CORE_SAMPLER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "core/logit_ops.h"
@@ -15,6 +16,7 @@
 typedef struct qllm_sampling {
     double temperature;        /* >= 0, finite; 0 is greedy */
     int64_t top_k;             /* keep the k largest, ties by lower id; 0 = off; > vocab = all */
+    bool keep_ties;            /* top_k keeps all that equal the k-th largest */
     double top_p;              /* (0, 1]: smallest set of largest probabilities with sum >= top_p,
                                   ties by lower id; 1 = off */
     double min_p;              /* [0, 1]: keep p_i >= min_p * max p; 0 = off */
@@ -25,7 +27,7 @@ typedef struct qllm_sampling {
     uint64_t prompt;           /* names the noise stream, see rng.h */
 } qllm_sampling;
 
-/* {1, 0, 1, 0, 1, 0, 0}: plain sampling at temperature 1. */
+/* {1, 0, false, 1, 0, 1, 0, 0}: plain sampling at temperature 1. */
 qllm_sampling qllm_sampling_default(void);
 
 /* Refuses values outside the ranges above with a sentence that names the parameter. */

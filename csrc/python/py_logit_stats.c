@@ -10,9 +10,10 @@
 #include "python/py_cpu.h"
 
 /* The keys of the returned dict, in the order of the pointers of qllm_logit_stats. */
-enum { N_STATS = 8 };
+enum { N_STATS = 10 };
 static const char *const STATS[N_STATS] = {"kl", "kl_reverse", "tv", "disagreement",
-                                           "entropy_ref", "entropy_test", "max_ref", "delta_p"};
+                                           "entropy_ref", "entropy_test", "max_ref", "delta_p",
+                                           "cross", "log_z_ref"};
 
 typedef struct stats_context {
     const qllm_logit_ops *ops;
@@ -30,7 +31,8 @@ static qllm_status stats_row(void *context, int64_t row, void *scratch, qllm_err
     int64_t start = row * c->n_temperatures, vocab = c->ref.vocab;
     double **s = c->stats;
     const qllm_logit_stats out = {s[0] + start, s[1] + start, s[2] + start, s[3] + start,
-                                  s[4] + start, s[5] + start, s[6] + start, s[7] + start};
+                                  s[4] + start, s[5] + start, s[6] + start, s[7] + start,
+                                  s[8] + start, s[9] + start};
     int same_top = 0;
     qllm_status status = qllm_logit_stats_row(
         c->ops, c->ref.data + row * vocab, c->test.data + row * vocab, vocab, c->temperatures,
@@ -145,8 +147,8 @@ static PyMethodDef functions[] = {
      "logit_stats($module, ref, test, temperatures, targets=None, *, isa=None, threads=None)\n"
      "--\n\n"
      "Compares rows of logits, (vocab) or (n, vocab) float32, at all temperatures: a dict of kl, "
-     "kl_reverse, tv, disagreement, entropy_ref, entropy_test, max_ref, delta_p, float64 "
-     "(n, n_temperatures), or (n_temperatures) for one row, and same_top, uint8 (n). See "
+     "kl_reverse, tv, disagreement, entropy_ref, entropy_test, max_ref, delta_p, cross, log_z_ref, "
+     "float64 (n, n_temperatures), or (n_temperatures) for one row, and same_top, uint8 (n). See "
      "qllm.logit_stats."},
     {NULL, NULL, 0, NULL},
 };

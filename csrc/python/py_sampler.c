@@ -21,10 +21,24 @@ typedef struct batch {
 } batch;
 
 /* The parameters in the order of PARAMETERS, each NULL where the caller left it out. */
-enum { TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, SEED, PROMPT, STEP, HISTORY, N_PARAMETERS };
+enum { TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, SEED, PROMPT, STEP, KEEP_TIES, HISTORY,
+       N_PARAMETERS };
 static const char *const PARAMETERS[N_PARAMETERS] = {
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "prompt", "step",
-    "history"};
+    "keep_ties", "history"};
+
+/* True or False, of Python or NumPy. */
+static int to_flag(const qllm_state *state, PyObject *value, const char *name, bool *out)
+{
+    const char *type = Py_TYPE(value)->tp_name;
+    if (!PyBool_Check(value) && strncmp(type, "numpy.bool", 10) != 0) {
+        qllm_raise_value(state, "%s: expected True or False, found a %s", name, type);
+        return -1;
+    }
+    int found = PyObject_IsTrue(value);
+    *out = found > 0;
+    return found < 0 ? -1 : 0;
+}
 
 static int parse_parameter(const qllm_state *state, PyObject *value, int which, qllm_sampling *out,
                            uint32_t *step)
@@ -35,6 +49,7 @@ static int parse_parameter(const qllm_state *state, PyObject *value, int which, 
     case TEMPERATURE: return qllm_to_double(state, value, name, &out->temperature);
     case TOP_P: return qllm_to_double(state, value, name, &out->top_p);
     case MIN_P: return qllm_to_double(state, value, name, &out->min_p);
+    case KEEP_TIES: return to_flag(state, value, name, &out->keep_ties);
     case PENALTY: return qllm_to_double(state, value, name, &out->repetition_penalty);
     case SEED: return qllm_to_uint(state, value, name, 64, &out->seed);
     case PROMPT: return qllm_to_uint(state, value, name, 64, &out->prompt);
@@ -194,16 +209,16 @@ static int each_row(qllm_state *state, sample_context *c,
 static PyObject *py_sample(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
-                            "repetition_penalty", "seed", "prompt", "step", "history", "isa",
-                            "threads", NULL};
+                            "repetition_penalty", "seed", "prompt", "step", "keep_ties", "history",
+                            "isa", "threads", NULL};
     qllm_state *state = qllm_state_of(module);
     PyObject *logits, *p[N_PARAMETERS] = {NULL}, *arrays[3] = {NULL}, *result = NULL;
     PyObject *threads = Py_None;
     const char *isa = NULL;
     sample_context c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOzO:sample", names, &logits, &p[0],
-                                     &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &isa,
-                                     &threads))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOOzO:sample", names, &logits, &p[0],
+                                     &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &p[9],
+                                     &isa, &threads))
         return NULL;
     if (batch_parse(state, logits, p, isa, threads, &c.batch) < 0)
         goto out;
@@ -228,15 +243,15 @@ out:
 static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
-                            "repetition_penalty", "history", "isa", "threads", NULL};
+                            "repetition_penalty", "keep_ties", "history", "isa", "threads", NULL};
     qllm_state *state = qllm_state_of(module);
     PyObject *logits, *p[N_PARAMETERS] = {NULL}, *result = NULL;
     PyObject *threads = Py_None;
     const char *isa = NULL;
     sample_context c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOzO:distribution", names, &logits,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOzO:distribution", names, &logits,
                                      &p[TEMPERATURE], &p[TOP_K], &p[TOP_P], &p[MIN_P], &p[PENALTY],
-                                     &p[HISTORY], &isa, &threads))
+                                     &p[KEEP_TIES], &p[HISTORY], &isa, &threads))
         return NULL;
     if (batch_parse(state, logits, p, isa, threads, &c.batch) == 0) {
         const qllm_logit_rows *r = &c.batch.logits;
@@ -374,13 +389,14 @@ static PyObject *py_philox(PyObject *module, PyObject *args, PyObject *kwargs)
 static PyMethodDef functions[] = {
     {"sample", (PyCFunction)(void (*)(void))py_sample, KEYWORDS,
      "sample($module, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, "
-     "repetition_penalty=1.0, seed=0, prompt=0, step=0, history=None, isa=None, threads=None)\n"
+     "repetition_penalty=1.0, seed=0, prompt=0, step=0, keep_ties=False, history=None, isa=None, "
+     "threads=None)\n"
      "--\n\n"
      "Draws a token for each row of logits, (vocab) or (n, vocab) float32: tokens int64, logprobs "
      "float32, sampling_logprobs float32, each (n), or numbers for one row. See qllm.sample."},
     {"distribution", (PyCFunction)(void (*)(void))py_distribution, KEYWORDS,
      "distribution($module, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, "
-     "repetition_penalty=1.0, history=None, isa=None, threads=None)\n--\n\n"
+     "repetition_penalty=1.0, keep_ties=False, history=None, isa=None, threads=None)\n--\n\n"
      "The probabilities that sample draws from, float32 of the shape of logits: exactly 0 for "
      "tokens that were filtered out."},
     {"logprobs", (PyCFunction)(void (*)(void))py_logprobs, KEYWORDS,

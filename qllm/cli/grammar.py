@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import COMPUTES, FORMATS
+from ..sampling import LOGITS_DTYPES
 from .parser import Answer, Parser, Show, UsageError, names, number, one_of, suggestion, text, whole
 
 MODEL = ("demo:llama, demo:falcon, a folder with config.json and safetensors files, or a name on"
@@ -136,6 +137,8 @@ def _generate(commands: Any) -> None:
                         help="0 takes the most probable token (default: 0.7)")
     parser.add_argument("--top-k", type=whole(0), metavar="K",
                         help="draw from the K most probable tokens; 0 is off (default: 200)")
+    parser.add_argument("--keep-ties", action="store_true", default=None,
+                        help="let --top-k keep all tokens that equal the last of them")
     parser.add_argument("--top-p", type=number, metavar="P",
                         help="draw from the smallest set with probability P; 1 is off (default)")
     parser.add_argument("--min-p", type=number, metavar="P",
@@ -143,6 +146,9 @@ def _generate(commands: Any) -> None:
                         " 0 is off (default)")
     parser.add_argument("--repetition-penalty", type=number, metavar="R",
                         help="make tokens that have occurred less likely; 1 is off (default)")
+    parser.add_argument("--logits-dtype", type=one_of("dtype", LOGITS_DTYPES), metavar="DTYPE",
+                        help="round logits to float32 (default: as they are) or bfloat16 before"
+                        " drawing")
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N",
                         help="end after N tokens (default: 50)")
     parser.add_argument("--seed", type=whole(0), metavar="N",

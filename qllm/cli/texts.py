@@ -24,7 +24,7 @@ WINDOW = 2048
 """Tokens in a window of `score`, where the model has room for them and no other number is asked."""
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens",
-             "seed", "stop")
+             "seed", "stop", "keep_ties", "logits_dtype")
 
 
 # -------------------------------------------------------------------------------------- generate

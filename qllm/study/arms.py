@@ -1,14 +1,15 @@
 """A model in an arm: what cells read logits from and draw texts with, whatever computes it.
 
-`load` gives a `LoadedArm`. Ordinary arms are models of this package; arms from elsewhere are
-anything with the few members of `LogitsModel`, which the study's own sampler draws from, so that
+`load` gives a `LoadedArm`: an `OwnArm`, which is a model of this package, or a `ForeignArm`, which
+is anything with the few members of `LogitsModel`. The study's own sampler draws from both, so that
 all arms share noise, statistics and tables.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,10 +27,18 @@ UNIFORM_LEVELS = 16
 """Equally spaced from -1 to 1, the ends included: no level is 0, which makes them a bad choice for
 weights around 0, as a positive control has to be."""
 
+MEMORY = ("weights", "kv", "peak_loading", "peak_running")
+"""Bytes: of the weights, embeddings included; of keys and values, at most, while texts are drawn;
+at most while loading (the weights, and the pages of the largest tensor that is read); at most while
+running (the weights, keys and values, and the room of one step)."""
+
 
 class LogitsModel(Protocol):
-    """A causal language model of any make. It may also have `layers()`, rows of the table of
-    weights, and `memory()`, bytes by kind, as `LoadedArm` has them."""
+    """A causal language model of any make.
+
+    It may also have `layers()`, rows of the table of weights as `LoadedArm.layers` has them, and
+    `memory()`, a mapping with some of the keys of `MEMORY`.
+    """
 
     @property
     def name(self) -> str:
@@ -37,57 +46,104 @@ class LogitsModel(Protocol):
 
     @property
     def vocab(self) -> int:
-        """How many token ids it knows: the reference's vocabulary."""
+        """How many token ids it knows: as many as the reference."""
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """The logits after each of the token ids, teacher-forced: (n, vocab) float32."""
 
 
-class LoadedArm:
+class LoadedArm(ABC):
+    """An arm with its model, ready to be read and to write."""
+
+    def __init__(self, design: Design, arm: Arm) -> None:
+        self.design = design
+        self.arm = arm
+
+    @abstractmethod
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """The logits after each token, (n, vocab) float32, rounded as the design says."""
+
+    def logprobs(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """Natural log-probabilities of the tokens from `start` (1 or more) on, float64, each given
+        all before it, at temperature 1."""
+        logits = self.logits(ids[:-1])[start - 1 :]
+        return logprobs(logits, ids[start:])
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """The generations of `requests`, in their order."""
+
+    @abstractmethod
+    def layers(self) -> list[dict[str, Any]]:
+        """A row for each linear layer: module, format, shape, bytes, bits_per_weight, rmse and
+        sqnr_db (None where there is no figure)."""
+
+    @abstractmethod
+    def memory(self) -> dict[str, int | None]:
+        """Bytes by the kinds of `MEMORY`, counted by those who hold them; None: not known."""
+
+    @abstractmethod
+    def environment(self) -> dict[str, Any]:
+        """On what it is computed, as far as it says how: cpu, device, isa, compute, kernels."""
+
+
+class OwnArm(LoadedArm):
     """A model of this package in an arm."""
 
     def __init__(self, model: Model, design: Design, arm: Arm, rows: list[dict[str, Any]]) -> None:
+        super().__init__(design, arm)
         self.model = model
-        self.design = design
-        self.arm = arm
         self._rows = rows
+        held = model.decoder.nbytes()
+        self._weights = int(held["weights"] + held["embedding"])
+        self._kv = 0
+        self._running = self._weights
 
     @property
     def vocab(self) -> int:
         """How many token ids there are."""
         return int(self.model.architecture.decoder["vocab"])
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """(n, vocab) float32, rounded as the design says."""
-        found = self.model.logits(list(ids))
-        assert isinstance(found, np.ndarray)
-        return round_logits(found, self.design.logits_dtype)
-
-    def logprobs(self, ids: Sequence[int], start: int) -> np.ndarray:
-        """Natural log-probabilities of the tokens from `start` (1 or more) on, float64, each given
-        all before it, at temperature 1."""
-        if self.design.logits_dtype == "float32":
-            scores = self.model.score(list(ids)).logprobs
-            return np.asarray(scores, np.float64)[start - 1 :]
-        logits = self.logits(ids[:-1])[start - 1 :]
-        return np.asarray(_core.logprobs(logits, np.asarray(ids[start:], np.int64)), np.float64)
-
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """The generations of `requests`, as one batch."""
-        size = self.arm.batch_size or self.design.batch_size
-        return self.model.generate_batch(requests, batch_size=size)
-
-    def layers(self) -> list[dict[str, Any]]:
-        """A row of the table of weights for each linear layer."""
-        return self._rows
-
     @property
     def threads(self) -> int:
         """Threads of the core that this arm uses."""
         return int(self.model.decoder.info()["threads"])
 
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        found = self.model.logits(list(ids))
+        assert isinstance(found, np.ndarray)
+        return round_logits(found, self.design.logits_dtype)
+
+    def logprobs(self, ids: Sequence[int], start: int) -> np.ndarray:
+        if self.design.logits_dtype != "float32":
+            return super().logprobs(ids, start)
+        return np.asarray(self.model.score(list(ids)).logprobs, np.float64)[start - 1 :]
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        size = self.arm.batch_size or self.design.batch_size
+        return self.model.generate_batch(requests, batch_size=size, progress=self._look)
+
+    def _look(self, finished: int, count: int) -> None:
+        """Keeps the largest amounts of memory, whenever a text has ended."""
+        held = self.model.decoder.nbytes()
+        self._kv = max(self._kv, int(held["kv_cache"]))
+        self._running = max(self._running, int(sum(held.values())))
+
+    def layers(self) -> list[dict[str, Any]]:
+        return self._rows
+
+    def memory(self) -> dict[str, int | None]:
+        largest = max(math.prod(row["shape"]) for row in self._rows)
+        stored = next(iter(self.model.architecture.modules)).module  # all have one dtype
+        size = self.model.checkpoint.entry(self.model.architecture.stored(stored) + ".weight")
+        return {
+            "weights": self._weights,
+            "kv": self._kv,
+            "peak_loading": self._weights + largest * size.numpy().itemsize,
+            "peak_running": self._running,
+        }
+
     def environment(self) -> dict[str, Any]:
-        """On what it is computed, as far as it says how: device, instruction set, kernels."""
         info = self.model.info()
         return {
             "cpu": info.cpu,
@@ -98,27 +154,122 @@ class LoadedArm:
         }
 
 
-def load(name: str, arm: Arm, design: Design) -> LoadedArm:
-    """The model `name` in an arm of the design."""
+class ForeignArm(LoadedArm):
+    """A model from elsewhere in an arm, with the tokenizer of the reference."""
+
+    def __init__(self, source: LogitsModel, design: Design, arm: Arm, reference: OwnArm) -> None:
+        super().__init__(design, arm)
+        if source.vocab != reference.vocab:
+            raise QllmValueError(
+                f"{source.name} knows {source.vocab} tokens and the reference {reference.vocab};"
+                " only models with one vocabulary can be compared"
+            )
+        self.source = source
+        self.reference = reference
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        found = np.asarray(self.source.logits(list(ids)), np.float32)
+        if found.shape != (len(ids), self.source.vocab):
+            raise QllmValueError(
+                f"{self.source.name} gave logits of the shape {found.shape} for {len(ids)} tokens;"
+                f" ({len(ids)}, {self.source.vocab}) was expected"
+            )
+        return round_logits(found, self.design.logits_dtype)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Token by token over all requests, where those with the same text so far share its
+        logits."""
+        from ..generation import Row, draw, prompt_key_of
+
+        model = self.reference.model
+        rows = []
+        for index, request in enumerate(requests):
+            given = request.prompt
+            ids = tuple(model.encode(given) if isinstance(given, str) else given)
+            eos = frozenset(() if request.config.ignore_eos else model.eos_token_id)
+            rows.append(Row(index, ids, request.config, prompt_key_of(ids), eos))
+        active = rows
+        while active:
+            alike: dict[tuple[int, ...], list[Row]] = {}
+            for row in active:
+                alike.setdefault((*row.prompt_ids, *row.ids), []).append(row)
+            for ids, group in alike.items():
+                last = self.logits(ids)[-1:]
+                draw(group, np.repeat(last, len(group), axis=0), self.reference.threads)
+            active = [row for row in active if row.finish_reason is None]
+        return [row.result(model.tokenizer) for row in rows]
+
+    def layers(self) -> list[dict[str, Any]]:
+        rows = getattr(self.source, "layers", None)
+        return [] if rows is None else list(rows())
+
+    def memory(self) -> dict[str, int | None]:
+        known = getattr(self.source, "memory", None)
+        found: Mapping[str, Any] = {} if known is None else known()
+        return {kind: found.get(kind) for kind in MEMORY}
+
+    def environment(self) -> dict[str, Any]:
+        return {
+            "cpu": self.reference.model.info().cpu,
+            "device": str(getattr(self.source, "device", "cpu")),
+            "isa": "",
+            "compute": self.source.name,
+            "kernels": {},
+        }
+
+
+def logprobs(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """log softmax(logits)[target] of each row: float64 (n,)."""
+    return np.asarray(_core.logprobs(logits, np.asarray(targets, np.int64)), np.float64)
+
+
+def load(name: str, arm: Arm, design: Design, reference: OwnArm | None = None) -> LoadedArm:
+    """The model `name` in an arm of the design; one from elsewhere stands beside a reference."""
+    if arm.source == "qllm":
+        return load_own(name, arm, design)
+    from .foreign import load as load_foreign
+
+    assert reference is not None
+    return ForeignArm(load_foreign(arm, name, design), design, arm, reference)
+
+
+def load_own(name: str, arm: Arm, design: Design) -> OwnArm:
+    """The model `name` of this package in an arm, straight from its file."""
+    from ..config import QuantConfig
     from ..model import Model
 
+    plain = arm.codes == "own"
+    config = QuantConfig(arm.format, blocksize=arm.blocksize, quantize_head=_head(arm, design))
     model = Model.from_pretrained(
         arm.path or name,
+        config if plain else None,
         compute=arm.compute or design.compute,
         threads=arm.threads or design.threads,
         int8_threshold=design.int8_threshold,
     )
-    return LoadedArm(model, design, arm, swap(model, arm, design))
+    rows = rows_of(model.report()) if plain else swap(model, arm, design)
+    return OwnArm(model, design, arm, rows)
 
 
 def swap(model: Model, arm: Arm, design: Design) -> list[dict[str, Any]]:
     """Puts the layers of a model into the arm's format; a row for each of its linear layers."""
-    head = design.quantize_head if arm.quantize_head is None else arm.quantize_head
-    report = model.quantize_(arm.format, blocksize=arm.blocksize, quantize_head=head)
+    head = _head(arm, design)
     if arm.codes == "uniform":
-        report = model.requantize_(
-            lambda weight: uniform_4bit(weight, arm.blocksize), "uniform", quantize_head=head
+        return rows_of(
+            model.requantize_(
+                lambda weight: uniform_4bit(weight, arm.blocksize), "uniform", quantize_head=head
+            )
         )
+    return rows_of(model.quantize_(arm.format, blocksize=arm.blocksize, quantize_head=head))
+
+
+def _head(arm: Arm, design: Design) -> bool:
+    """Whether the arm's output embedding is quantized too."""
+    return design.quantize_head if arm.quantize_head is None else arm.quantize_head
+
+
+def rows_of(report: Any) -> list[dict[str, Any]]:
+    """A report of layers as plain rows."""
     return [
         {
             "module": row.module,
@@ -162,12 +313,3 @@ def uniform_4bit(weight: np.ndarray, blocksize: int) -> Any:
         dtype_name="float32",
         name="a layer with uniform codes",
     )
-
-
-def require_same_tokens(model: LogitsModel, reference: LoadedArm) -> None:
-    """Refuses a model whose logits are about another vocabulary."""
-    if model.vocab != reference.vocab:
-        raise QllmValueError(
-            f"{model.name} knows {model.vocab} tokens and the reference {reference.vocab}; only"
-            " models with one vocabulary can be compared"
-        )

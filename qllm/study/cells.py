@@ -1,42 +1,59 @@
 """What is computed in one cell of a study: a model in one arm. Needs nothing but its task, gives
 plain lists, numbers and strings, and gives the same ones wherever it runs.
 
-All prompts, temperatures and seeds of a cell are one batch. An arm's cell holds two models, the
-reference and the arm, and compares their logits text by text, so that no more than one text's
-logits exist at a time.
+All prompts, temperatures, top_k values and seeds of a cell are one batch. An arm's cell holds two
+models, the reference and the arm, and compares their logits text by text, so that no more than one
+text's logits exist at a time.
+
+The body of a cell (`T` stands for the design's `logit_temperatures`):
+
+* `generations`: temperature, top_k, seed, prompt, prompt_ids, ids, text, finish ("length", "eos"),
+  `token_nll` (of each new token under the reference at temperature 1, nats, 6 decimals, so that the
+  mean of the first n is that of the text's beginning of n tokens) and `nll_reference`, their mean
+  (None without tokens).
+* `texts`, of arms that are not the reference: source ("own" or "held"), id, kind, seed, tokens,
+  same_top, nll_reference, nll, ln_ppl_ratio; `curves` (means over the tokens at each T, by
+  measure); `top_k` (for each value of the design that is not 0, tv and disagreement at each T of
+  the distributions cut to it); `tenths` (sums by confidence of the reference, see `_tenths`).
+* `play`: what the interactive figure shows, see `play.rows`.
+* `weights` (rows by layer), `memory` (bytes by `arms.MEMORY`), `environment`.
+
+The body of the cell `SPEED` is described in `timing.speed_cell`.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import QllmValueError
-from .arms import LoadedArm, load, swap
+from .arms import LoadedArm, OwnArm, load, load_own, logprobs
 from .design import Design, Text
-
-if TYPE_CHECKING:
-    from ..model import Model
+from .play import play_rows
+from .timing import speed_cell
 
 SPEED = "speed"
 """The cell in which the speed of all arms is taken, in place of an arm's name."""
 
-MEASURES = (
-    "kl",
-    "kl_reverse",
-    "tv",
-    "disagreement",
-    "entropy_ref",
-    "entropy_test",
-    "max_ref",
-    "delta_p",
-)
-"""What `qllm.logit_stats` gives for every token and temperature and a cell keeps the mean of."""
+MEASURES = {
+    "kl": "kl",
+    "kl_reverse": "kl_reverse",
+    "tv": "tv",
+    "disagreement": "disagreement",
+    "entropy_ref": "entropy_ref",
+    "entropy_test": "entropy_test",
+    "max_ref": "max_ref",
+    "delta_p": "delta_p",
+    "cross": "cross",
+    "log_z": "log_z_ref",
+}
+"""The curves of a text, and what `qllm.logit_stats` calls the values of which they are means."""
+
+TENTHS = 10
+TENTH_MEASURES = ("kl", "tv", "disagreement")
 
 
 @dataclass(frozen=True)
@@ -62,24 +79,28 @@ class Task:
 
 def compute(task: Task) -> dict[str, Any]:
     """The body of the task's cell. Deterministic, `SPEED` apart."""
+    design = task.design
     if task.arm == SPEED:
-        return _speed_cell(task)
-    design, arm = task.design, task.design.arm(task.arm)
-    model = reference = load(task.model, arm, design)
-    if arm.role != "reference":
-        reference = load(task.model, design.reference, design)
-    body: dict[str, Any] = {
-        "generations": _generations(design, model, reference),
-        "texts": [],
+        return speed_cell(design, task.model)
+    reference = load_own(task.model, design.reference, design)
+    arm = design.arm(task.arm)
+    if arm.role == "reference":
+        return cell_body(task, reference, reference)
+    return cell_body(task, load(task.model, arm, design, reference), reference)
+
+
+def cell_body(task: Task, model: LoadedArm, reference: OwnArm) -> dict[str, Any]:
+    """The body of an arm's cell from its loaded model and that of the reference, which is the same
+    object in the reference's own cell."""
+    texts = [] if model is reference else list(_texts(task, reference))
+    return {
+        "generations": _generations(task.design, model, reference),
+        "texts": [_compare(text, model, reference) for text in texts],
+        "play": play_rows(task.design, model, reference),
         "weights": model.layers(),
+        "memory": model.memory(),
         "environment": model.environment(),
     }
-    if arm.role != "reference":
-        body["texts"] = [
-            _compare(text, model, reference, design.logit_temperatures)
-            for text in _texts(task, reference)
-        ]
-    return body
 
 
 def own_texts(design: Design, body: dict[str, Any]) -> tuple[OwnText, ...]:
@@ -94,9 +115,10 @@ def own_texts(design: Design, body: dict[str, Any]) -> tuple[OwnText, ...]:
     )
 
 
-def _generations(
-    design: Design, model: LoadedArm, reference: LoadedArm
-) -> list[dict[str, Any]]:
+# ------------------------------------------------------------------------------------ generation
+
+
+def _generations(design: Design, model: LoadedArm, reference: OwnArm) -> list[dict[str, Any]]:
     """A row for every temperature, top_k, seed and prompt, drawn as one batch. Greedy texts need no
     noise and no top_k: one of each prompt is computed and stands for all."""
     from ..config import GenerationConfig
@@ -109,28 +131,27 @@ def _generations(
         for seed in design.seeds
         for prompt in design.prompts
     ]
-    requests = {
-        _draw(*place): Request(
-            place[3].text,
-            GenerationConfig(
-                temperature=place[0],
-                top_k=place[1],
-                seed=place[2],
-                max_new_tokens=design.max_new_tokens,
-                ignore_eos=design.ignore_eos,
-            ),
+    requests: dict[tuple[Any, ...], Request] = {}
+    for temperature, top_k, seed, prompt in grid:
+        config = GenerationConfig(
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            max_new_tokens=design.max_new_tokens,
+            ignore_eos=design.ignore_eos,
+            keep_ties=design.keep_ties,
+            logits_dtype=design.logits_dtype,
         )
-        for place in reversed(grid)  # so that the first of several equal draws is the one made
-    }
+        key = _draw(temperature, top_k, seed, prompt)
+        requests.setdefault(key, Request(prompt.text, config))
     samples = dict(zip(requests, model.generate(list(requests.values())), strict=True))
     scores: dict[tuple[int, ...], list[float]] = {}
     rows = []
     for temperature, top_k, seed, prompt in grid:
         sample = samples[_draw(temperature, top_k, seed, prompt)]
-        start = len(sample.prompt_ids)
         whole = (*sample.prompt_ids, *sample.ids)
         if whole not in scores:
-            scores[whole] = _nll(reference, whole, start)
+            scores[whole] = _nll(reference, whole, len(sample.prompt_ids))
         nll = scores[whole]
         rows.append(
             {
@@ -154,11 +175,14 @@ def _draw(temperature: float, top_k: int, seed: int, prompt: Text) -> tuple[Any,
     return (temperature, top_k, seed, prompt.id) if temperature > 0 else (temperature, prompt.id)
 
 
-def _nll(reference: LoadedArm, ids: Sequence[int], start: int) -> list[float]:
+def _nll(reference: OwnArm, ids: Sequence[int], start: int) -> list[float]:
     """Negative log-probabilities of the tokens from `start` on, nats."""
     if len(ids) <= start:
         return []
     return [-float(value) for value in reference.logprobs(ids, start)]
+
+
+# ---------------------------------------------------------------------------------------- logits
 
 
 @dataclass(frozen=True)
@@ -173,7 +197,7 @@ class _Reading:
     start: int
 
 
-def _texts(task: Task, reference: LoadedArm) -> Iterator[_Reading]:
+def _texts(task: Task, reference: OwnArm) -> Iterator[_Reading]:
     kinds = {prompt.id: prompt.kind for prompt in task.design.prompts}
     for own in task.own:
         ids = own.prompt_ids + own.ids
@@ -188,90 +212,113 @@ def _texts(task: Task, reference: LoadedArm) -> Iterator[_Reading]:
         yield _Reading("held", text.id, text.kind, None, ids, 1)
 
 
-def _compare(
-    text: _Reading, model: LoadedArm, reference: LoadedArm, temperatures: Sequence[float]
-) -> dict[str, Any]:
+def _compare(text: _Reading, model: LoadedArm, reference: OwnArm) -> dict[str, Any]:
     """How the arm's next-token distributions differ from the reference's, meaned over the text."""
-    from .. import logit_stats
-
-    read, targets = text.ids[:-1], np.asarray(text.ids[text.start :], np.int64)
+    read, targets = text.ids[:-1], text.ids[text.start :]
     before = text.start - 1
-    found = logit_stats(
-        reference.logits(read)[before:],
-        model.logits(read)[before:],
-        np.asarray(temperatures, np.float64),
-        targets=targets,
-        threads=model.threads,
-    )
-    values = {name: getattr(found, name) for name in MEASURES}
-    values["delta_p_squared"] = np.square(found.delta_p)
-    curves = {name: _means(rows, name, text) for name, rows in values.items()}
-    nll_reference = -float(np.mean(reference.logprobs(text.ids, text.start)))
-    nll = -float(np.mean(model.logprobs(text.ids, text.start)))
+    ref, test = reference.logits(read)[before:], model.logits(read)[before:]
     return {
         "source": text.source,
         "id": text.id,
         "kind": text.kind,
         "seed": text.seed,
+        **compare_logits(model.design, ref, test, targets, text.id, reference.threads),
+    }
+
+
+def compare_logits(
+    design: Design,
+    ref: np.ndarray,
+    test: np.ndarray,
+    targets: Sequence[int],
+    what: str,
+    threads: int,
+) -> dict[str, Any]:
+    """The measures of a text `what` from the logits of reference and arm, (tokens, vocab) float32,
+    and the token that follows each."""
+    from .. import logit_stats
+
+    grid = design.logit_temperatures
+    found = logit_stats(
+        ref, test, np.asarray([*grid, 1.0], np.float64), targets=list(targets), threads=threads
+    )
+    confidence = found.max_ref[:, -1]  # of the reference at temperature 1, wherever the grid ends
+    values = {name: getattr(found, field)[:, :-1] for name, field in MEASURES.items()}
+    values["delta_p_squared"] = np.square(values["delta_p"])
+    nll_reference = -float(np.mean(logprobs(ref, targets)))
+    nll = -float(np.mean(logprobs(test, targets)))
+    return {
         "tokens": len(targets),
         "same_top": float(np.mean(found.same_top)),
         "nll_reference": nll_reference,
         "nll": nll,
         "ln_ppl_ratio": nll - nll_reference,
-        "curves": curves,
+        "curves": {name: _means(rows, name, what) for name, rows in values.items()},
+        "tenths": _tenths(confidence, values),
+        "top_k": {
+            str(top_k): _after_top_k(design, ref, test, top_k, threads)
+            for top_k in design.top_k
+            if top_k > 0
+        },
     }
 
 
-def _means(values: np.ndarray, name: str, text: _Reading) -> list[float]:
+def _means(values: np.ndarray, name: str, what: str) -> list[float]:
     """(tokens, temperatures) -> the mean over the tokens at each temperature."""
     means = np.asarray(values, np.float64).mean(axis=0)
     if not np.isfinite(means).all():
         raise QllmValueError(
-            f"the mean of {name} over the text {text.id!r} is {means[~np.isfinite(means)][0]} at a"
+            f"the mean of {name} over the text {what!r} is {means[~np.isfinite(means)][0]} at a"
             " temperature; leave out the lowest of logit_temperatures"
         )
     return [float(mean) for mean in means]
 
 
-def _speed_cell(task: Task) -> dict[str, Any]:
-    """Seconds of every arm in every round, the arms in turn on one model in one process, each
-    round beginning with another arm."""
-    design, speed = task.design, task.design.speed
-    assert speed is not None
-    arms = list(design.timed)
-    loaded = load(task.model, arms[0], design)
-    model = loaded.model
-    ids = _timing_ids(model, design, speed.prompt_tokens)
-    rows: list[dict[str, Any]] = []
-    for turn in range(speed.rounds):
-        first = turn % len(arms)
-        for arm in arms[first:] + arms[:first]:
-            swap(model, arm, design)
-            for _ in range(speed.warmups):
-                _timed(model, ids, 1)
-                _timed(model, ids[:1], speed.decode_tokens)
-            rows.append(
-                {
-                    "arm": arm.name,
-                    "round": turn,
-                    "prefill_seconds": _timed(model, ids, 1),
-                    "decode_seconds": _timed(model, ids[:1], speed.decode_tokens),
-                }
-            )
-    rows.sort(key=lambda row: (row["round"], [arm.name for arm in arms].index(row["arm"])))
-    return {"rounds": rows, "environment": {**loaded.environment(), "threads": loaded.threads}}
+def _tenths(confidence: np.ndarray, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Where the differences sit: tokens in ten groups by the reference's largest probability at
+    temperature 1, [0, 0.1), [0.1, 0.2) ... [0.9, 1].
+
+    `count` (10 numbers of tokens) and, by measure, 10 lists of sums over the tokens of a group at
+    each temperature (9 digits), an empty list for a group without tokens.
+    """
+    group = np.minimum((confidence * TENTHS).astype(np.int64), TENTHS - 1)
+    members = [np.flatnonzero(group == number) for number in range(TENTHS)]
+    sums = {
+        name: [
+            [float(f"{total:.9g}") for total in values[name][chosen].sum(axis=0)]
+            if len(chosen)
+            else []
+            for chosen in members
+        ]
+        for name in TENTH_MEASURES
+    }
+    return {"count": [len(chosen) for chosen in members], **sums}
 
 
-def _timing_ids(model: Model, design: Design, length: int) -> list[int]:
-    """`length` token ids of the design's own texts, repeated as often as needed."""
-    text = " ".join(text.text for text in (*design.texts, *design.prompts))
-    ids = [int(token) for token in model.encode(text)]
-    return (ids * (length // len(ids) + 1))[:length]
+def _after_top_k(
+    design: Design, ref: np.ndarray, test: np.ndarray, top_k: int, threads: int
+) -> dict[str, list[float]]:
+    """The measures that stay finite when both distributions are cut to their own `top_k` tokens,
+    meaned over the tokens."""
+    from .. import logit_stats
+
+    cut = [keep_top_k(logits, top_k, design.keep_ties) for logits in (ref, test)]
+    found = logit_stats(*cut, np.asarray(design.logit_temperatures, np.float64), threads=threads)
+    return {
+        name: [float(mean) for mean in getattr(found, name).mean(axis=0)]
+        for name in ("tv", "disagreement")
+    }
 
 
-def _timed(model: Model, ids: Sequence[int], tokens: int) -> float:
-    """Seconds to read `ids` and write `tokens`, greedily. One id read and n tokens written are n
-    steps of one token each."""
-    start = time.perf_counter()
-    model.generate(list(ids), temperature=0.0, max_new_tokens=tokens, ignore_eos=True)
-    return time.perf_counter() - start
+def keep_top_k(logits: np.ndarray, top_k: int, keep_ties: bool) -> np.ndarray:
+    """(n, vocab) float32 logits with -inf in place of all but the `top_k` largest of each row;
+    among equals the lower ids stay, or with `keep_ties` all of them."""
+    if top_k >= logits.shape[1]:
+        return logits
+    last = np.partition(logits, -top_k, axis=1)[:, -top_k, None]
+    kept = logits >= last
+    if not keep_ties:
+        equal = logits == last
+        room = top_k - (logits > last).sum(axis=1, keepdims=True)
+        kept &= ~equal | (np.cumsum(equal, axis=1) <= room)
+    return np.where(kept, logits, np.float32(-np.inf))
