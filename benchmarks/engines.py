@@ -18,7 +18,8 @@ import qllm
 
 
 class Ours:
-    """qllm through `Model.generate`. `head` is a format for the output embedding, or None, which
+    """qllm's decoder, step by step and greedily, as `Model.generate` uses it, which would compute
+    sequences that draw the same tokens only once. `head` is a format for the output embedding, or None, which
     leaves it in bfloat16."""
 
     def __init__(self, folder: Path, format: str, head: str | None, compute: str,
@@ -28,9 +29,16 @@ class Ours:
             self.model.quantize_(head, include="lm_head", quantize_head=True)
 
     def generate(self, prompt: list[int], new: int, sequences: int = 1) -> list[list[int]]:
-        found = self.model.generate([prompt] * sequences, temperature=0.0, max_new_tokens=new,
-                                    ignore_eos=True, batch_size=sequences)
-        return [list(item.ids) for item in found]
+        decoder = self.model.decoder
+        first, ids = decoder.sequence(), np.array(prompt, np.int64)
+        logits = decoder.step([first] * len(ids), ids, np.arange(len(ids)) == len(ids) - 1)
+        tokens = np.repeat(qllm.sample(logits, temperature=0.0).tokens, sequences)
+        several = [first, *(first.fork() for _ in range(sequences - 1))]
+        found = [tokens]
+        for _ in range(new - 1):
+            tokens = qllm.sample(decoder.step(several, tokens), temperature=0.0).tokens
+            found.append(tokens)
+        return np.stack(found, axis=1).tolist()
 
     def close(self) -> None:
         del self.model

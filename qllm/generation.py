@@ -1,8 +1,8 @@
 """The loop of generation: one batch of rows that come and go, each with its own options.
 
-Rows share a batch and, for equal prompts, the keys and values of the prompt; none of it shows in
-the results: logits are the same in every batch, and a draw depends on (seed, prompt, step, token)
-alone.
+Rows share a batch and, for equal prompts, what is computed of the prompt and of the tokens that
+they draw alike; none of it shows in the results: logits are the same in every batch, and a draw depends
+on (seed, prompt, step, token) alone.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ class Row:
     prompt_key: int
     eos: frozenset[int]
     stream: TextStream | None = None
-    sequence: Any = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
@@ -133,38 +132,47 @@ class _Prompt:
     logits: np.ndarray | None = None  # of its last position, (1, vocab)
 
 
+@dataclass(eq=False)
+class _Lane:
+    """Rows of a prompt whose tokens are the same so far: one sequence, computed once, serves them
+    all until their draws part."""
+
+    rows: list[Row]
+    sequence: Any
+
+
 def run(decoder: Any, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
     """Generates all `rows`; yields a row after each of its tokens, `finish_reason` set at the last.
 
     Each round is one step of the decoder: every row in the batch by one token, together with the
-    prompts of the rows that enter it. An error or an interrupt leaves the decoder as it was: what
-    the sequences hold is freed with them.
+    prompts of the rows that enter it. Rows that entered together and have drawn the same tokens are
+    computed once. An error or an interrupt leaves the decoder as it was: what the sequences hold is
+    freed with them.
     """
     prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()
     threads = decoder.info()["threads"]
     for row in rows:
         prompts.setdefault(row.prompt_ids, _Prompt(row.prompt_ids)).waiting.append(row)
     queue = deque(prompts.values())
-    active: list[Row] = []
-    while active or queue:
-        entering = _enter(queue, batch_size - len(active))
+    lanes: list[_Lane] = []
+    while lanes or queue:
+        entering = _enter(queue, batch_size - sum(len(lane.rows) for lane in lanes))
         new = [prompt for prompt, _ in entering if prompt.sequence is None]
-        logits = _step(decoder, active, new)
-        drawn = list(active)
-        draw(active, logits[: len(active)], threads)
-        for prompt, row_logits in zip(new, logits[len(active) :]):
+        logits = _step(decoder, lanes, new)
+        for prompt, row_logits in zip(new, logits[len(lanes) :]):
             prompt.logits = row_logits[None].copy()  # not a view that keeps the whole step alive
+        drawn = [row for lane in lanes for row in lane.rows]
+        _draw_lanes(lanes, logits[: len(lanes)], threads)
         for prompt, started in entering:
             assert prompt.logits is not None
             draw(started, np.repeat(prompt.logits, len(started), axis=0), threads)
-            _start(prompt, started)
+            lanes.append(_Lane(started, prompt.sequence.fork()))
+            if not prompt.waiting:
+                prompt.sequence = prompt.logits = None
             drawn += started
         del logits
-        active = [row for row in drawn if row.finish_reason is None]
-        for row in drawn:
-            if row.finish_reason is not None:
-                row.sequence = None  # its keys and values are freed here
-            yield row
+        lanes = [part for lane in lanes for part in _parted(lane)]  # frees what none needs
+        yield from drawn
 
 
 def _enter(queue: deque[_Prompt], places: int) -> list[tuple[_Prompt, list[Row]]]:
@@ -180,10 +188,10 @@ def _enter(queue: deque[_Prompt], places: int) -> list[tuple[_Prompt, list[Row]]
     return entering
 
 
-def _step(decoder: Any, active: list[Row], new: list[_Prompt]) -> np.ndarray:
-    """Logits after the last token of each active row, then of each new prompt."""
-    sequences, tokens = [row.sequence for row in active], [row.ids[-1] for row in active]
-    want = [True] * len(active)
+def _step(decoder: Any, lanes: list[_Lane], new: list[_Prompt]) -> np.ndarray:
+    """Logits after the last token of each lane, then of each new prompt."""
+    sequences, tokens = [lane.sequence for lane in lanes], [lane.rows[0].ids[-1] for lane in lanes]
+    want = [True] * len(lanes)
     made = [decoder.sequence() for _ in new]
     for prompt, sequence in zip(new, made):
         sequences += [sequence] * len(prompt.ids)
@@ -197,12 +205,25 @@ def _step(decoder: Any, active: list[Row], new: list[_Prompt]) -> np.ndarray:
     return logits
 
 
-def _start(prompt: _Prompt, started: list[Row]) -> None:
-    """Gives each row a sequence that goes on from the prompt's; with the last row that one ends."""
-    for row in started:
-        row.sequence = prompt.sequence.fork() if row.finish_reason is None else None
-    if not prompt.waiting:
-        prompt.sequence = prompt.logits = None
+def _draw_lanes(lanes: list[_Lane], logits: np.ndarray, threads: int) -> None:
+    """Draws the next token of every row of the lanes, whose logits are (lanes, vocab)."""
+    counts = [len(lane.rows) for lane in lanes]
+    if any(count > 1 for count in counts):
+        logits = np.repeat(logits, counts, axis=0)
+    draw([row for lane in lanes for row in lane.rows], logits, threads)
+
+
+def _parted(lane: _Lane) -> list[_Lane]:
+    """The lane after a draw: its unfinished rows by the token that they have drawn. The first goes
+    on with the lane's sequence, the others with forks of it."""
+    alike: dict[int, list[Row]] = {}
+    for row in lane.rows:
+        if row.finish_reason is None:
+            alike.setdefault(row.ids[-1], []).append(row)
+    parts = [_Lane(rows, lane.sequence) for rows in alike.values()]
+    for part in parts[1:]:
+        part.sequence = lane.sequence.fork()
+    return parts
 
 
 def draw(rows: list[Row], logits: np.ndarray, threads: int) -> None:

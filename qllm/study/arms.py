@@ -28,9 +28,13 @@ UNIFORM_LEVELS = 16
 weights around 0, as a positive control has to be."""
 
 MEMORY = ("weights", "kv", "peak_loading", "peak_running")
-"""Bytes: of the weights, embeddings included; of keys and values, at most, while texts are drawn;
-at most while loading (the weights, and the pages of the largest tensor that is read); at most while
-running (the weights, keys and values, and the room of one step)."""
+"""Bytes: of the weights, embeddings included; of the keys and values of one text of full length; at
+most while loading (the weights, and the pages of the largest tensor that is read); at most while
+running (the weights, a batch of such texts that share nothing, and the room of one step)."""
+
+
+LOGITS_PER_PIECE = 1 << 24
+"""Float32 values that `score_all` holds at a time."""
 
 
 class LogitsModel(Protocol):
@@ -94,10 +98,7 @@ class OwnArm(LoadedArm):
         super().__init__(design, arm)
         self.model = model
         self._rows = rows
-        held = model.decoder.nbytes()
-        self._weights = int(held["weights"] + held["embedding"])
-        self._kv = 0
-        self._running = self._weights
+        self._longest = 1  # tokens of a text
 
     @property
     def vocab(self) -> int:
@@ -120,14 +121,43 @@ class OwnArm(LoadedArm):
         return np.asarray(self.model.score(list(ids)).logprobs, np.float64)[start - 1 :]
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        size = self.arm.batch_size or self.design.batch_size
-        return self.model.generate_batch(requests, batch_size=size, progress=self._look)
+        found = self.model.generate_batch(requests, batch_size=self._batch_size)
+        for sample, request in zip(found, requests):
+            most = len(sample.prompt_ids) + request.config.max_new_tokens
+            self._longest = max(self._longest, most)
+        return found
 
-    def _look(self, finished: int, count: int) -> None:
-        """Keeps the largest amounts of memory, whenever a text has ended."""
-        held = self.model.decoder.nbytes()
-        self._kv = max(self._kv, int(held["kv_cache"]))
-        self._running = max(self._running, int(sum(held.values())))
+    @property
+    def _batch_size(self) -> int:
+        return self.arm.batch_size or self.design.batch_size
+
+    def score_all(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Of texts, each a prompt's ids and those that follow it, the natural log-probabilities of
+        the latter, as `logprobs` gives them. What texts have in common at their beginnings is
+        computed once."""
+        found: dict[tuple[int, ...], list[float]] = {}
+        sequence, read, scores = self.model.decoder.sequence(), (), [0.0]
+        wanted = sorted({(*prompt, *ids): len(prompt) for prompt, ids in texts}.items())
+        for whole, start in wanted:
+            alike = _common(read, whole)
+            kept = max(0, min(alike, len(whole) - 1) - 1)  # the last is read again for its logits
+            sequence.truncate(min(kept, sequence.length))
+            kept = sequence.length
+            scores = scores[: kept + 1] + self._scores(sequence, whole, kept)
+            read = whole
+            found[whole] = scores[start:]
+        return [found[(*prompt, *ids)] for prompt, ids in texts]
+
+    def _scores(self, sequence: Any, ids: Sequence[int], begin: int) -> list[float]:
+        """Log-probabilities of the tokens behind position `begin`, to which `sequence` has come."""
+        scores: list[float] = []
+        piece = max(1, LOGITS_PER_PIECE // self.vocab)
+        for first in range(begin, len(ids) - 1, piece):
+            part = np.asarray(ids[first : min(first + piece, len(ids) - 1)], np.int64)
+            logits = self.model.decoder.step([sequence] * len(part), part)
+            rounded = round_logits(logits, self.design.logits_dtype)
+            scores += logprobs(rounded, ids[first + 1 : first + 1 + len(part)]).tolist()
+        return scores
 
     def layers(self) -> list[dict[str, Any]]:
         return self._rows
@@ -136,11 +166,17 @@ class OwnArm(LoadedArm):
         largest = max(math.prod(row["shape"]) for row in self._rows)
         stored = next(iter(self.model.architecture.modules)).module  # all have one dtype
         size = self.model.checkpoint.entry(self.model.architecture.stored(stored) + ".weight")
+        decoder, ids = self.model.decoder, np.zeros(self._longest, np.int64)
+        before = decoder.nbytes()
+        sequence = decoder.sequence()
+        decoder.step([sequence] * len(ids), ids, np.arange(len(ids)) == 0)
+        held = decoder.nbytes()
+        weights, kv = held["weights"] + held["embedding"], held["kv_cache"] - before["kv_cache"]
         return {
-            "weights": self._weights,
-            "kv": self._kv,
-            "peak_loading": self._weights + largest * size.numpy().itemsize,
-            "peak_running": self._running,
+            "weights": weights,
+            "kv": kv,
+            "peak_loading": weights + largest * size.numpy().itemsize,
+            "peak_running": weights + self._batch_size * kv + held["scratch"],
         }
 
     def environment(self) -> dict[str, Any]:
@@ -216,6 +252,14 @@ class ForeignArm(LoadedArm):
             "compute": self.source.name,
             "kernels": {},
         }
+
+
+def _common(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginnings."""
+    for place, (a, b) in enumerate(zip(one, two)):
+        if a != b:
+            return place
+    return min(len(one), len(two))
 
 
 def logprobs(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:

@@ -145,14 +145,12 @@ def _generations(design: Design, model: LoadedArm, reference: OwnArm) -> list[di
         key = _draw(temperature, top_k, seed, prompt)
         requests.setdefault(key, Request(prompt.text, config))
     samples = dict(zip(requests, model.generate(list(requests.values())), strict=True))
-    scores: dict[tuple[int, ...], list[float]] = {}
+    texts = [(sample.prompt_ids, sample.ids) for sample in samples.values()]
+    scores = dict(zip(samples, reference.score_all(texts), strict=True))
     rows = []
     for temperature, top_k, seed, prompt in grid:
-        sample = samples[_draw(temperature, top_k, seed, prompt)]
-        whole = (*sample.prompt_ids, *sample.ids)
-        if whole not in scores:
-            scores[whole] = _nll(reference, whole, len(sample.prompt_ids))
-        nll = scores[whole]
+        key = _draw(temperature, top_k, seed, prompt)
+        sample, nll = samples[key], [-score for score in scores[key]]
         rows.append(
             {
                 "temperature": temperature,
@@ -173,13 +171,6 @@ def _generations(design: Design, model: LoadedArm, reference: OwnArm) -> list[di
 def _draw(temperature: float, top_k: int, seed: int, prompt: Text) -> tuple[Any, ...]:
     """What decides a text, beside the model."""
     return (temperature, top_k, seed, prompt.id) if temperature > 0 else (temperature, prompt.id)
-
-
-def _nll(reference: OwnArm, ids: Sequence[int], start: int) -> list[float]:
-    """Negative log-probabilities of the tokens from `start` on, nats."""
-    if len(ids) <= start:
-        return []
-    return [-float(value) for value in reference.logprobs(ids, start)]
 
 
 # ---------------------------------------------------------------------------------------- logits

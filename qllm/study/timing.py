@@ -76,11 +76,17 @@ def _measure(model: Model, ids: Sequence[int], design: Design) -> dict[str, Any]
         "prefill_seconds": _timed(model, [ids], 1),
         "decode_seconds": _timed(model, [ids[:1]], speed.decode_tokens),
         "batch_seconds": {
-            str(size): _timed(model, [[ids[i % len(ids)]] for i in range(size)],
-                              speed.decode_tokens)
+            str(size): _timed(model, _different(model, size), speed.decode_tokens)
             for size in speed.batches
         },
     }
+
+
+def _different(model: Model, count: int) -> list[list[int]]:
+    """So many prompts of one token, all different while there are as many tokens, since equal
+    texts are computed once."""
+    vocab = int(model.architecture.decoder["vocab"])
+    return [[(1 + i) % vocab] for i in range(count)]
 
 
 def _timed(model: Model, prompts: Sequence[Sequence[int]], tokens: int) -> float:
