@@ -1,8 +1,8 @@
 """The loop of generation: one batch of rows that come and go, each with its own options.
 
 Rows share a batch and, for equal prompts, what is computed of the prompt and of the tokens that
-they draw alike; none of it shows in the results: logits are the same in every batch, and a draw depends
-on (seed, prompt, step, token) alone.
+they draw alike; none of it shows in the results: logits are the same in every batch, and a draw
+depends on (seed, prompt, step, token) alone.
 """
 
 from __future__ import annotations

@@ -213,8 +213,11 @@ def _study(commands: Any) -> None:
                       "demo:llama demo:falcon --profile smoke --out study-out")
     parser.add_argument("models", nargs="*", metavar="MODEL",
                         help=MODEL + " (default: those of the profile)")
+    parser.add_argument("--models", nargs="+", dest="more_models", default=[], metavar="MODEL",
+                        help="the same, as an option")
     parser.add_argument("--profile", default="smoke", type=text, metavar="NAME",
-                        help="a profile, or the path of a design in JSON (default: smoke)")
+                        help="smoke (default), lite, full, paper, or the path of a design in TOML"
+                        " or JSON")
     parser.add_argument("--out", metavar="DIR",
                         help="the folder for the results, needed unless --dry-run; a study that was"
                         " interrupted there goes on")

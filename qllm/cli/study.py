@@ -24,7 +24,8 @@ def study(arguments: argparse.Namespace) -> None:
     if arguments.out is None and not arguments.dry_run:
         raise UsageError("qllm study needs --out DIR, the folder for its results (see qllm study"
                          " --help)")
-    design = studies.resolve(arguments.profile, arguments.models or None)
+    named = [*arguments.models, *arguments.more_models]
+    design = studies.resolve(arguments.profile, named or None)
     if arguments.threads is not None:
         design = dataclasses.replace(design, threads=arguments.threads)
     if arguments.dry_run:

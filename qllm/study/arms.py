@@ -30,7 +30,7 @@ weights around 0, as a positive control has to be."""
 MEMORY = ("weights", "kv", "peak_loading", "peak_running")
 """Bytes: of the weights, embeddings included; of the keys and values of one text of full length; at
 most while loading (the weights, and the pages of the largest tensor that is read); at most while
-running (the weights, a batch of such texts that share nothing, and the room of one step)."""
+running (the weights, and the keys and values of one text). None depends on batches or threads."""
 
 
 LOGITS_PER_PIECE = 1 << 24
@@ -121,15 +121,12 @@ class OwnArm(LoadedArm):
         return np.asarray(self.model.score(list(ids)).logprobs, np.float64)[start - 1 :]
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        found = self.model.generate_batch(requests, batch_size=self._batch_size)
+        size = self.arm.batch_size or self.design.batch_size
+        found = self.model.generate_batch(requests, batch_size=size)
         for sample, request in zip(found, requests):
             most = len(sample.prompt_ids) + request.config.max_new_tokens
             self._longest = max(self._longest, most)
         return found
-
-    @property
-    def _batch_size(self) -> int:
-        return self.arm.batch_size or self.design.batch_size
 
     def score_all(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Of texts, each a prompt's ids and those that follow it, the natural log-probabilities of
@@ -176,7 +173,7 @@ class OwnArm(LoadedArm):
             "weights": weights,
             "kv": kv,
             "peak_loading": weights + largest * size.numpy().itemsize,
-            "peak_running": weights + self._batch_size * kv + held["scratch"],
+            "peak_running": weights + kv,
         }
 
     def environment(self) -> dict[str, Any]:

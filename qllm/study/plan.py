@@ -188,14 +188,15 @@ def cell_plan(design: Design, size: ModelSize, name: str) -> CellPlan:
     rows = grid_rows(design)
     prompt_tokens = sum(size.prompts.values())
     mean_prompt = prompt_tokens / max(1, len(size.prompts))
-    generated = rows * length
+    shown = min(design.play, len(design.prompts))
+    generated = (rows + shown) * length
     read = prompt_tokens + round(rows * (mean_prompt + length))
     if arm.role != "reference":
         both = sum(size.texts.values())
         if design.own_temperature is not None:
             both += len(design.seeds) * (prompt_tokens + length * len(design.prompts))
         read += 2 * both
-    read += min(design.play, len(design.prompts)) * round(mean_prompt + design.play_positions)
+    read += 2 * shown * round(mean_prompt + length)
     return CellPlan(size.name, name, generated, read, 0, _need(design, size, arm, rows))
 
 
