@@ -199,7 +199,7 @@ def _step(decoder: Any, lanes: list[_Lane], new: list[_Prompt]) -> np.ndarray:
         want += [False] * (len(prompt.ids) - 1) + [True]
     if not sequences:
         return np.empty((0, 0), np.float32)
-    logits = decoder.step(sequences, np.array(tokens, np.int64), np.array(want))
+    logits: np.ndarray = decoder.step(sequences, np.array(tokens, np.int64), np.array(want))
     for prompt, sequence in zip(new, made):
         prompt.sequence = sequence
     return logits
@@ -216,6 +216,8 @@ def _draw_lanes(lanes: list[_Lane], logits: np.ndarray, threads: int) -> None:
 def _parted(lane: _Lane) -> list[_Lane]:
     """The lane after a draw: its unfinished rows by the token that they have drawn. The first goes
     on with the lane's sequence, the others with forks of it."""
+    if len(lane.rows) == 1:
+        return [] if lane.rows[0].finish_reason is not None else [lane]
     alike: dict[int, list[Row]] = {}
     for row in lane.rows:
         if row.finish_reason is None:

@@ -52,6 +52,7 @@ def test_study(design: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert lines and all(re.match(r"\[ *\d+\.\d s\] (\d+/\d+|note): ", line) for line in lines)
 
     assert "was there" not in captured.err
+    words = ["study", "--models", MODEL, *words[2:]]  # the same, said otherwise
     assert main(words) == 0  # again: everything is there
     cells = len(list((out / "cells").iterdir()))
     assert capsys.readouterr().err.count("was there") == cells > 2

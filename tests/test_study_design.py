@@ -230,13 +230,32 @@ endpoints = {ln_ppl = 0.02}
         resolve(path)
 
 
+def test_the_design_of_the_documentation(tmp_path):
+    page = Path(__file__).resolve().parents[1] / "docs" / "designs.md"
+    if not page.is_file():
+        pytest.skip("runs from a checkout with docs/")
+    text = page.read_text().split("```toml\n")[1].split("```")[0]
+    design = Design.from_toml(text)
+    assert design.arm("fp4-32").blocksize == 32 and design.threads is None
+    assert design.claims["C1c"].endpoints["ln_ppl"] == 0.02
+    for name in (*ARMS, *PROFILES):
+        assert f"`{name}`" in page.read_text() or name.endswith("+head"), name
+
+
 def test_profiles_are_what_they_say():
     lite, full, paper = map(resolve, ("lite", "full", "paper"))
     assert len(lite.temperatures) == 7 and len(lite.seeds) == 4
     assert {arm.role for arm in lite.arms} == {"reference", "arm", "null", "control"}
     assert len(full.temperatures) == 14 and len(full.top_k) == 3
-    assert {arm.name for arm in full.arms} > {"nf4+head", "null", "null-batch"}
-    assert paper.quantize_head and paper.keep_ties and paper.logits_dtype == "bfloat16"
+    assert {arm.name for arm in full.arms} > {"nf4+head", "null", "null-batch", "ceiling"}
+    assert full.compute == "auto" and full.arm("ceiling").compute == "exact"
+    assert len(lite.prompts) == 48 and len(full.prompts) == 96
+    assert {text.kind for text in lite.prompts} == {text.kind for text in full.prompts}
+    assert len({text.kind for text in full.prompts}) == 8
+    null = lite.arm("null-batch")
+    assert null.threads != lite.threads and null.batch_size != lite.batch_size
+    assert paper.quantize_head and paper.keep_ties and paper.ignore_eos
+    assert paper.logits_dtype == "bfloat16"
     assert paper.seeds == (1234,) and paper.top_k == (200,) and paper.lengths == (50,)
     assert paper.temperatures[0] > 0  # the harness divides by it
 

@@ -133,7 +133,8 @@ class OwnArm(LoadedArm):
         the latter, as `logprobs` gives them. What texts have in common at their beginnings is
         computed once."""
         found: dict[tuple[int, ...], list[float]] = {}
-        sequence, read, scores = self.model.decoder.sequence(), (), [0.0]
+        sequence, scores = self.model.decoder.sequence(), [0.0]
+        read: tuple[int, ...] = ()
         wanted = sorted({(*prompt, *ids): len(prompt) for prompt, ids in texts}.items())
         for whole, start in wanted:
             alike = _common(read, whole)

@@ -293,8 +293,12 @@ def _after_top_k(
     meaned over the tokens."""
     from .. import logit_stats
 
-    cut = [keep_top_k(logits, top_k, design.keep_ties) for logits in (ref, test)]
-    found = logit_stats(*cut, np.asarray(design.logit_temperatures, np.float64), threads=threads)
+    found = logit_stats(
+        keep_top_k(ref, top_k, design.keep_ties),
+        keep_top_k(test, top_k, design.keep_ties),
+        np.asarray(design.logit_temperatures, np.float64),
+        threads=threads,
+    )
     return {
         name: [float(mean) for mean in getattr(found, name).mean(axis=0)]
         for name in ("tv", "disagreement")

@@ -204,7 +204,7 @@ def as_speed(value: Any) -> Speed:
         value = from_mapping(Speed, value, "speed")
     if not isinstance(value, Speed):
         raise QllmValueError(f"speed must be a Speed or None, not {quoted(value)}")
-    found = {}
+    found: dict[str, Any] = {}
     for item in fields(Speed):
         low = 0 if item.name == "warmups" else 2 if item.name in ("rounds", "batches") else 1
         given, what = getattr(value, item.name), f"speed.{item.name}"
