@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .lookup import compared, label, one, ordinary, rows, shown_temperatures, source_of
+from .lookup import compared, label, one, ordinary, preferred, rows, shown_temperatures, source_of
 from .plots_cost import bandwidth, decoding
 from .plots_logits import DIFFERENCES, SLOPES
 from .plots_texts import hazards
@@ -312,13 +312,13 @@ def slopes(study: Study) -> str:
         f" interaction), with {percent(design.confidence)} intervals. Right of the line: more"
         " sensitive in the band than the reference."
     ]
-    for measure in dict.fromkeys(table["measure"]):
+    for measure in preferred(table, "measure", SLOPES, 3):
         part = rows(table, measure=measure)
         part = part[part["arm"].isin(names)]
         above, below = (_named(part[kept]) for kept in (part["low"] > 0, part["high"] < 0))
         said = [f"above 0 for {listed(above)}"] if above else []
         said += [f"below 0 for {listed(below)}"] if below else []
-        name = SLOPES.get(measure, measure).split(",")[0]
+        name = SLOPES[measure].split(",")[0]
         parts.append(
             f"Interaction in {name}: "
             + ("clearly " + " and ".join(said) if said else "no interval excludes 0")

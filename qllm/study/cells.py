@@ -32,7 +32,7 @@ import numpy as np
 from ..errors import QllmValueError
 from .arms import LoadedArm, OwnArm, load, load_own, logprobs
 from .design import Design, Text
-from .play import play_rows
+from .play import pieces, play_rows
 from .timing import speed_cell
 
 SPEED = "speed"
@@ -120,7 +120,8 @@ def own_texts(design: Design, body: dict[str, Any]) -> tuple[OwnText, ...]:
 
 def _generations(design: Design, model: LoadedArm, reference: OwnArm) -> list[dict[str, Any]]:
     """A row for every temperature, top_k, seed and prompt, drawn as one batch. Greedy texts need no
-    noise and no top_k: one of each prompt is computed and stands for all."""
+    noise and no top_k: one of each prompt is computed and stands for all. The texts that the report
+    shows token by token have their `pieces`."""
     from ..config import GenerationConfig
     from ..generation import Request
 
@@ -147,7 +148,7 @@ def _generations(design: Design, model: LoadedArm, reference: OwnArm) -> list[di
     samples = dict(zip(requests, model.generate(list(requests.values())), strict=True))
     texts = [(sample.prompt_ids, sample.ids) for sample in samples.values()]
     scores = dict(zip(samples, reference.score_all(texts), strict=True))
-    rows = []
+    shown, rows = design.prompts[: design.play], []
     for temperature, top_k, seed, prompt in grid:
         key = _draw(temperature, top_k, seed, prompt)
         sample, nll = samples[key], [-score for score in scores[key]]
@@ -165,6 +166,8 @@ def _generations(design: Design, model: LoadedArm, reference: OwnArm) -> list[di
                 "token_nll": [round(value, 6) for value in nll],
             }
         )
+        if prompt in shown and (top_k, seed) == (design.top_k[0], design.seeds[0]):
+            rows[-1]["pieces"] = pieces(reference, sample.prompt_ids, sample.ids)
     return rows
 
 

@@ -116,12 +116,16 @@
 
   /* ------------------------------------------------------------------- what is shown now */
 
+  /* what the reference wrote at a place: the text is its greedy one */
+  function mostProbable(place) {
+    var row = place.arms[data.reference];
+    return place.tokens[row.at[row.logits.indexOf(Math.max.apply(null, row.logits))]][1];
+  }
+
   function drawSteps(place) {
     steps.replaceChildren.apply(steps, places().map(function (other, i) {
-      var next = i + 1 < places().length ? places()[i + 1].context.slice(other.context.length) : "";
       var parted = data.arms.filter(function (arm) { return parts(other, arm.name, state.t); });
-      var text = visible(next) === "(no text)" ? "token " + (other.position + 1) : visible(next);
-      var button = make("button", parted.length ? "parted" : "", text);
+      var button = make("button", parted.length ? "parted" : "", visible(mostProbable(other)));
       button.type = "button";
       button.setAttribute("aria-pressed", String(i === state.place));
       button.title = parted.length ? parted.length + " arm(s) draw another token here"

@@ -73,7 +73,7 @@ STYLE: Any = {
 }
 BAND = "#f3ecd8"
 SOFT = "#555555"
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX*<>"
 WIDE, NARROW = 10.8, 3.6
 """Widths of the pictures, inches: those of the report's page and of a phone, on which letters then
 keep their size."""

@@ -3,10 +3,12 @@ the token that the shared noise picks there at every temperature."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..tokenizer import TextStream
 from .arms import LoadedArm, OwnArm
 from .design import Design
 
@@ -54,6 +56,16 @@ def play_rows(design: Design, model: LoadedArm, reference: OwnArm) -> list[dict[
                 }
             )
     return rows
+
+
+def pieces(reference: OwnArm, prompt_ids: Sequence[int], ids: Sequence[int]) -> list[str]:
+    """What each of the tokens `ids` adds to the text after a prompt; one that only begins a
+    character adds nothing, and the one that ends it adds it all."""
+    stream = TextStream(reference.model.tokenizer, prompt_ids)
+    found = [stream.push(token) for token in ids]
+    if found:
+        found[-1] += stream.finish()
+    return found
 
 
 def _places(length: int, count: int) -> list[int]:

@@ -26,9 +26,11 @@ Cells = Mapping[tuple[str, str], Mapping[str, Any]]
 def play_data(design: Design, cells: Cells) -> dict[str, Any]:
     """The content of play.json: empty when the design asks for none.
 
-    {"temperatures", "seed", "arms": [name], "models": [{"name", "prompts": [{"id", "text",
-    "places": [{"position", "context", "tokens": [[id, piece]], "arms": {name: {"at": places in
-    tokens, "logits", "log_z", "pick": places in tokens}}}]}], "texts": [...]}]}
+    {"temperatures", "seed", "arms": [name], "models": [{"name",
+    "prompts": [{"id", "text", "places": [{"position", "context" (what the reference wrote up to
+    there), "tokens": [[id, piece]], "arms": {name: {"at" (numbers of tokens), "logits", "log_z",
+    "pick" (numbers of tokens)}}}]}],
+    "texts": [{"arm", "prompt", "temperature", "seed", "ids", "pieces", "nll"}]}]}
     """
     arms = [arm.name for arm in design.arms if arm.role != "null"]
     if design.play == 0:
@@ -63,11 +65,14 @@ def _prompts(design: Design, rows: Mapping[str, Sequence[Any]]) -> list[dict[str
     found: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(plain):
         at_place = {arm: others[number] for arm, others in rows.items() if number < len(others)}
-        found.setdefault(row["prompt"], []).append(_place(row, at_place))
+        place = _place(texts[row["prompt"]], row, at_place)
+        found.setdefault(row["prompt"], []).append(place)
     return [{"id": name, "text": texts[name], "places": places} for name, places in found.items()]
 
 
-def _place(plain: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _place(
+    prompt: str, plain: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """One place of a text: each token once, and the arms by its number in the list."""
     pieces: dict[int, str] = {}
     for row in rows.values():
@@ -75,7 +80,7 @@ def _place(plain: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> d
     where = {token: number for number, token in enumerate(pieces)}
     return {
         "position": plain["position"],
-        "context": plain["context"],
+        "context": plain["context"].removeprefix(prompt),
         "tokens": [[token, piece] for token, piece in pieces.items()],
         "arms": {
             arm: {

@@ -117,7 +117,9 @@ def plot_tenths(study: Study, narrow: bool = False) -> Figure:
             axes.set_xlim(0, 1)
             axes.yaxis.set_major_formatter(percents())
             axes.xaxis.set_major_locator(MaxNLocator(5))
-    part = table[table["arm"].isin([arm.name for arm in arms])]
+    part = table[
+        table["arm"].isin([arm.name for arm in arms]) & table["temperature"].isin(chosen)
+    ]
     top = float(np.nanmax(part[["estimate", "high"]].to_numpy(np.float64)))
     grid[0][0].set_ylim(0, 1.05 * top or 1.0)
     bars = marker_handle("s", "share of tokens", color="#dcdcdc", markersize=8)
@@ -183,6 +185,7 @@ SLOPES = {
     "disagreement": "1 \N{MINUS SIGN} agreement",
     "nll_reference": "surprise, nats",
     "rep_4": "repetition (rep-4)",
+    "distinct_2": "diversity (distinct-2)",
 }
 """Measures of the slopes that are drawn, where the table has them."""
 
@@ -194,11 +197,11 @@ def plot_slopes(study: Study, narrow: bool = False) -> Figure:
     design, table = study.design, study.tables["slopes"]
     table = table[table["kind"].isin(("B", "interaction"))]
     known = looks(design)
-    measures = preferred(table, "measure", [*SLOPES, *dict.fromkeys(table["measure"])], 3)
+    measures = preferred(table, "measure", SLOPES, 3)
     arms = [arm for arm in design.arms if arm.name in set(table["arm"])]
     figure, grid = panels(
         [*map(label, design.models)],
-        [SLOPES.get(name, name) for name in measures],
+        [SLOPES[name] for name in measures],
         narrow=narrow,
         x="slope in the band minus around it",
         height=0.27 * len(arms) + 0.1,
@@ -259,12 +262,12 @@ def plot_differences(study: Study, narrow: bool = False) -> Figure:
     """Arm by temperature: the paired difference from the reference as a colour, a dot where its
     interval excludes 0."""
     design, table = study.design, study.tables["differences"]
-    measures = preferred(table, "measure", [*DIFFERENCES, *dict.fromkeys(table["measure"])], 3)
+    measures = preferred(table, "measure", DIFFERENCES, 3)
     arms = [arm for arm in design.others if arm.name in set(table["arm"])]
     temperatures = sorted(table["temperature"].unique())
     figure, grid = panels(
         [*map(label, design.models)],
-        [DIFFERENCES.get(name, name) for name in measures],
+        [DIFFERENCES[name] for name in measures],
         narrow=narrow,
         x="temperature",
         height=0.25 * len(arms),
