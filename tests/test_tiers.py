@@ -189,6 +189,15 @@ def test_every_number_of_rows(isa: str, format: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("format,cols", [("nf4-dq", 576), ("bf16", 579)])
+def test_more_rows_and_columns_than_a_pass_takes(isa: str, format: str, cols: int) -> None:
+    q, x, bias = weight(37, cols, format), inputs(523, cols), inputs(1, 37)[0]
+    tier = expected_tier(format, isa, "auto")
+    expected = q.matmul_reference(x, bias, tier=tier)
+    assert np.array_equal(bits(_core.linear(q, x, bias, isa=isa, compute="auto")), bits(expected))
+
+
+@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("mode", ["auto", "int8"])
 def test_nan_and_infinity_stay_in_their_row(isa: str, mode: str) -> None:
     for format in ("nf4", "nf4-dq", "bf16"):
