@@ -316,6 +316,16 @@ class Decoder:
     ) -> NDArray[np.float32]:
         """Logits (wanted rows, vocab) of one row per (sequences[i], tokens[i]); the rows of a
         sequence are consecutive and are its next positions. want bool (n,). All or nothing."""
+    def embed(self, tokens: Any, /) -> NDArray[np.float32]:
+        """Hidden states (n, hidden) of token ids; needs the embedding alone."""
+    def blocks(
+        self, sequences: list[Sequence] | tuple[Sequence, ...], hidden: Any
+    ) -> NDArray[np.float32]:
+        """Hidden states (n, hidden) after all layers of this decoder, rows as in step; needs the
+        slots of the layers alone."""
+    def head(self, hidden: Any, /) -> NDArray[np.float32]:
+        """Logits (n, vocab) of hidden states; needs the final norm and the head alone.
+        head(blocks(sequences, embed(tokens))) has the bits of step."""
     def info(self) -> dict[str, Any]:
         """device, isa, threads, cpu_model, compute, kernels ({format: [names]}), int8_threshold,
         int8_outliers."""

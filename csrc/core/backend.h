@@ -14,7 +14,7 @@
 #include "core/quant.h"
 #include "core/qweight.h"
 
-enum { QLLM_BACKEND_ABI = 2, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
+enum { QLLM_BACKEND_ABI = 3, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
 
 struct qllm_decoder_config; /* decoder/config.h: the same for every device */
 
@@ -112,6 +112,19 @@ typedef struct qllm_backend {
      * in the order of the rows.  On failure no sequence has changed. */
     qllm_status (*step)(qllm_decoder *decoder, qllm_sequence *const *sequences,
                         const int64_t *tokens, const bool *want, int64_t n, float *logits,
+                        qllm_error *error);
+
+    /* The three parts of a step, for who holds the blocks of a model one after the other; each
+     * needs its own slots alone.  embed: rows of the embedding, hidden (n, hidden) float32.
+     * blocks: a row of hidden per row of a step, which goes through all layers of this decoder and
+     * is replaced by what comes out; what is said of sequences there holds.  head: the final norm
+     * and the output embedding, logits (n, vocab).  One after the other they give the bits of a
+     * step. */
+    qllm_status (*embed)(qllm_decoder *decoder, const int64_t *tokens, int64_t n, float *hidden,
+                         qllm_error *error);
+    qllm_status (*blocks)(qllm_decoder *decoder, qllm_sequence *const *sequences, int64_t n,
+                          float *hidden, qllm_error *error);
+    qllm_status (*head)(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits,
                         qllm_error *error);
 
     void (*nbytes)(qllm_decoder *decoder, qllm_decoder_bytes *out);

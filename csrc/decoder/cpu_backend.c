@@ -239,6 +239,33 @@ static qllm_status step(qllm_decoder *decoder, qllm_sequence *const *sequences,
     return status;
 }
 
+static qllm_status embed(qllm_decoder *decoder, const int64_t *tokens, int64_t n, float *hidden,
+                         qllm_error *error)
+{
+    pthread_mutex_lock(&decoder->lock);
+    qllm_status status = qllm_cpu_embed(decoder, tokens, n, hidden, error);
+    pthread_mutex_unlock(&decoder->lock);
+    return status;
+}
+
+static qllm_status blocks(qllm_decoder *decoder, qllm_sequence *const *sequences, int64_t n,
+                          float *hidden, qllm_error *error)
+{
+    pthread_mutex_lock(&decoder->lock);
+    qllm_status status = qllm_cpu_blocks(decoder, sequences, n, hidden, error);
+    pthread_mutex_unlock(&decoder->lock);
+    return status;
+}
+
+static qllm_status head(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits,
+                        qllm_error *error)
+{
+    pthread_mutex_lock(&decoder->lock);
+    qllm_status status = qllm_cpu_head(decoder, hidden, n, logits, error);
+    pthread_mutex_unlock(&decoder->lock);
+    return status;
+}
+
 static void nbytes(qllm_decoder *decoder, qllm_decoder_bytes *out)
 {
     const qllm_decoder_config *config = &decoder->config;
@@ -312,6 +339,9 @@ const qllm_backend qllm_cpu_backend = {
     .sequence_length = sequence_length,
     .sequence_destroy = qllm_kv_sequence_destroy,
     .step = step,
+    .embed = embed,
+    .blocks = blocks,
+    .head = head,
     .nbytes = nbytes,
     .info = info,
     .kernels = kernels,

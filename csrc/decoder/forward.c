@@ -419,14 +419,52 @@ static void head(pass *p, float *logits)
            logits + p->first_wanted * c->vocab, c->vocab);
 }
 
-void qllm_forward(qllm_decoder *decoder, int64_t n, float *logits)
+static pass begin(qllm_decoder *decoder, int64_t n)
 {
     const activation acts[] = {decoder->ops->silu, decoder->ops->gelu, decoder->ops->gelu_tanh};
-    pass p = {.decoder = decoder, .n = n, .act = acts[decoder->config.activation]};
-    for (int64_t r = 0; r < n; r++)
-        p.positions += decoder->scratch.row[r].position + 1;
+    return (pass){.decoder = decoder, .n = n, .act = acts[decoder->config.activation]};
+}
+
+static void layers(pass *p)
+{
+    const qllm_decoder *d = p->decoder;
+    for (int64_t r = 0; r < p->n; r++)
+        p->positions += d->scratch.row[r].position + 1;
+    for (int64_t i = 0; i < d->config.layers; i++)
+        layer(p, i);
+}
+
+void qllm_forward(qllm_decoder *decoder, int64_t n, float *logits)
+{
+    pass p = begin(decoder, n);
     run_rows(&p, decoder->config.hidden, embed_rows);
-    for (int64_t i = 0; i < decoder->config.layers; i++)
-        layer(&p, i);
+    layers(&p);
+    head(&p, logits);
+}
+
+/* The residual stream from rows without gaps between them. */
+static void take_hidden(qllm_scratch *s, const float *hidden, int64_t width, int64_t n)
+{
+    for (int64_t r = 0; r < n; r++)
+        memcpy(s->x + r * s->hidden_stride, hidden + r * width, (size_t)width * sizeof(float));
+}
+
+void qllm_forward_blocks(qllm_decoder *decoder, int64_t n, float *hidden)
+{
+    const qllm_scratch *s = &decoder->scratch;
+    int64_t width = decoder->config.hidden;
+    pass p = begin(decoder, n);
+    take_hidden(&decoder->scratch, hidden, width, n);
+    layers(&p);
+    for (int64_t r = 0; r < n; r++)
+        memcpy(hidden + r * width, s->x + r * s->hidden_stride, (size_t)width * sizeof(float));
+}
+
+void qllm_forward_head(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits)
+{
+    pass p = begin(decoder, n);
+    take_hidden(&decoder->scratch, hidden, decoder->config.hidden, n);
+    for (int64_t r = 0; r < n; r++)
+        decoder->scratch.row[r].wanted = r;
     head(&p, logits);
 }

@@ -2,10 +2,10 @@
 
 #include <inttypes.h>
 
-/* What the checks found out about a batch. */
+/* The rows of a step; of its blocks alone, without tokens. */
 typedef struct batch {
     qllm_sequence *const *sequences;
-    const int64_t *tokens;
+    const int64_t *tokens; /* NULL for rows that come as hidden states */
     const bool *want;
     int64_t n;
 } batch;
@@ -15,15 +15,27 @@ static bool starts_run(const batch *b, int64_t i)
     return i == 0 || b->sequences[i] != b->sequences[i - 1];
 }
 
-static qllm_status check_weights(const qllm_decoder *decoder, qllm_error *error)
+/* The slots in [begin, end) are set, as far as they are needed. */
+static qllm_status check_weights(const qllm_decoder *decoder, int64_t begin, int64_t end,
+                                 qllm_error *error)
 {
-    int64_t index = qllm_weights_missing(&decoder->weights, &decoder->config);
+    int64_t index = qllm_weights_missing(&decoder->weights, &decoder->config, begin, end);
     if (index < 0)
         return QLLM_OK;
     qllm_slot slot;
     qllm_slot_describe(&decoder->config, index, &slot);
     return qllm_fail(error, QLLM_VALUE, "slot '%s': no weight has been set yet; missing() lists "
                      "all such slots", slot.name);
+}
+
+static qllm_status check_token(const qllm_decoder *decoder, const int64_t *tokens, int64_t i,
+                               qllm_error *error)
+{
+    int64_t vocab = decoder->config.vocab;
+    if (tokens[i] >= 0 && tokens[i] < vocab)
+        return QLLM_OK;
+    return qllm_fail(error, QLLM_VALUE, "tokens[%" PRId64 "]: token id %" PRId64 ", expected 0 to "
+                     "%" PRId64, i, tokens[i], vocab - 1);
 }
 
 /* Checks row i and counts it as pending in its sequence. */
@@ -39,9 +51,11 @@ static qllm_status check_row(const qllm_decoder *decoder, const batch *b, int64_
         return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: the rows of a sequence must "
                          "be consecutive, but it was named before row %" PRId64 " already", i,
                          i - 1);
-    if (b->tokens[i] < 0 || b->tokens[i] >= config->vocab)
-        return qllm_fail(error, QLLM_VALUE, "tokens[%" PRId64 "]: token id %" PRId64 ", expected 0 "
-                         "to %" PRId64, i, b->tokens[i], config->vocab - 1);
+    if (b->tokens != NULL) {
+        qllm_status status = check_token(decoder, b->tokens, i, error);
+        if (status != QLLM_OK)
+            return status;
+    }
     int64_t position = atomic_load(&sequence->length) + sequence->pending;
     if (position >= config->max_positions)
         return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: position %" PRId64 " is "
@@ -134,15 +148,17 @@ static int64_t fill_run(qllm_decoder *decoder, const batch *b, int64_t i, int64_
             block++;
         bool wanted = b->want == NULL || b->want[i + j];
         s->row[r + j] = (qllm_step_row){
-            .sequence = sequence, .token = b->tokens[i + j], .position = position, .path = path,
-            .path_length = length, .block = blocks[block], .wanted = wanted ? at->wanted++ : -1,
+            .sequence = sequence, .token = b->tokens != NULL ? b->tokens[i + j] : -1,
+            .position = position, .path = path, .path_length = length, .block = blocks[block],
+            .wanted = wanted ? at->wanted++ : -1,
         };
     }
     at->position += count;
     return count;
 }
 
-static void run_chunks(qllm_decoder *decoder, const batch *b, float *logits)
+/* Chunk by chunk: logits of wanted rows, or for rows without tokens their hidden states. */
+static void run_chunks(qllm_decoder *decoder, const batch *b, float *out)
 {
     cursor at = {0, 0};
     for (int64_t begin = 0; begin < b->n; begin += QLLM_STEP_ROWS) {
@@ -153,30 +169,75 @@ static void run_chunks(qllm_decoder *decoder, const batch *b, float *logits)
             i += fill_run(decoder, b, i, end, i - begin, path, &at);
             path += row->path_length;
         }
-        qllm_forward(decoder, end - begin, logits);
+        if (b->tokens != NULL)
+            qllm_forward(decoder, end - begin, out);
+        else
+            qllm_forward_blocks(decoder, end - begin, out + begin * decoder->config.hidden);
     }
+}
+
+static qllm_status run_batch(qllm_decoder *decoder, const batch *b, float *out, qllm_error *error)
+{
+    qllm_status status = check_rows(decoder, b, error);
+    if (status != QLLM_OK || b->n == 0)
+        return status;
+    status = reserve_keys(b, error);
+    if (status == QLLM_OK)
+        status = reserve_buffers(decoder, b, error);
+    if (status != QLLM_OK) {
+        rollback(b);
+        return status;
+    }
+    run_chunks(decoder, b, out);
+    for (int64_t i = 0; i < b->n; i++)
+        if (starts_run(b, i))
+            qllm_kv_commit(b->sequences[i]);
+    return QLLM_OK;
 }
 
 qllm_status qllm_cpu_step(qllm_decoder *decoder, qllm_sequence *const *sequences,
                           const int64_t *tokens, const bool *want, int64_t n, float *logits,
                           qllm_error *error)
 {
-    batch b = {sequences, tokens, want, n};
-    qllm_status status = check_weights(decoder, error);
-    if (status == QLLM_OK)
-        status = check_rows(decoder, &b, error);
-    if (status != QLLM_OK || n == 0)
-        return status;
-    status = reserve_keys(&b, error);
-    if (status == QLLM_OK)
-        status = reserve_buffers(decoder, &b, error);
-    if (status != QLLM_OK) {
-        rollback(&b);
-        return status;
+    const batch b = {sequences, tokens, want, n};
+    qllm_status status = check_weights(decoder, 0, decoder->weights.count, error);
+    return status == QLLM_OK ? run_batch(decoder, &b, logits, error) : status;
+}
+
+qllm_status qllm_cpu_blocks(qllm_decoder *decoder, qllm_sequence *const *sequences, int64_t n,
+                            float *hidden, qllm_error *error)
+{
+    const batch b = {sequences, NULL, NULL, n};
+    qllm_status status = check_weights(decoder, qllm_slot_of_embedding(&decoder->config) + 1,
+                                       qllm_slot_of_final_norm(&decoder->config), error);
+    return status == QLLM_OK ? run_batch(decoder, &b, hidden, error) : status;
+}
+
+qllm_status qllm_cpu_embed(qllm_decoder *decoder, const int64_t *tokens, int64_t n, float *hidden,
+                           qllm_error *error)
+{
+    int64_t slot = qllm_slot_of_embedding(&decoder->config);
+    qllm_status status = check_weights(decoder, slot, slot + 1, error);
+    for (int64_t i = 0; status == QLLM_OK && i < n; i++)
+        status = check_token(decoder, tokens, i, error);
+    for (int64_t i = 0; status == QLLM_OK && i < n; i++)
+        qllm_weights_embed(&decoder->weights, tokens[i], hidden + i * decoder->config.hidden);
+    return status;
+}
+
+qllm_status qllm_cpu_head(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits,
+                          qllm_error *error)
+{
+    const qllm_decoder_config *config = &decoder->config;
+    qllm_status status = check_weights(decoder, qllm_slot_of_final_norm(config),
+                                       decoder->weights.count, error);
+    if (status == QLLM_OK && n > 0)
+        status = qllm_scratch_grow(decoder, n < QLLM_STEP_ROWS ? n : QLLM_STEP_ROWS, 1, 1, 1,
+                                   error);
+    for (int64_t begin = 0; status == QLLM_OK && begin < n; begin += QLLM_STEP_ROWS) {
+        int64_t rows = n - begin < QLLM_STEP_ROWS ? n - begin : QLLM_STEP_ROWS;
+        qllm_forward_head(decoder, hidden + begin * config->hidden, rows,
+                          logits + begin * config->vocab);
     }
-    run_chunks(decoder, &b, logits);
-    for (int64_t i = 0; i < n; i++)
-        if (starts_run(&b, i))
-            qllm_kv_commit(sequences[i]);
-    return QLLM_OK;
+    return status;
 }

@@ -70,6 +70,14 @@ qllm_status qllm_cpu_step(qllm_decoder *decoder, qllm_sequence *const *sequences
                           const int64_t *tokens, const bool *want, int64_t n, float *logits,
                           qllm_error *error);
 
+/* The parts of a step, as in core/backend.h; the caller holds the lock. */
+qllm_status qllm_cpu_embed(qllm_decoder *decoder, const int64_t *tokens, int64_t n, float *hidden,
+                           qllm_error *error);
+qllm_status qllm_cpu_blocks(qllm_decoder *decoder, qllm_sequence *const *sequences, int64_t n,
+                            float *hidden, qllm_error *error);
+qllm_status qllm_cpu_head(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits,
+                          qllm_error *error);
+
 /* Makes the buffers hold `rows` rows, paths of `paths` blocks in all and of `spans` blocks each,
  * and `positions` positions; on failure they hold what they held. */
 qllm_status qllm_scratch_grow(qllm_decoder *decoder, int64_t rows, int64_t paths, int64_t spans,
@@ -78,5 +86,11 @@ void qllm_scratch_clear(qllm_scratch *scratch);
 
 /* Runs the first n rows of scratch.row through all layers and writes the logits of wanted rows. */
 void qllm_forward(qllm_decoder *decoder, int64_t n, float *logits);
+
+/* The layers alone, of the first n rows: hidden (n, hidden) goes in and comes out. */
+void qllm_forward_blocks(qllm_decoder *decoder, int64_t n, float *hidden);
+
+/* Final norm and output embedding of hidden (n, hidden): logits (n, vocab). */
+void qllm_forward_head(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits);
 
 #endif

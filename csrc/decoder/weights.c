@@ -204,9 +204,10 @@ bool qllm_weights_is_set(const qllm_weights *weights, const qllm_decoder_config 
     return weights->slots[index].packed != NULL || weights->slots[index].values != NULL;
 }
 
-int64_t qllm_weights_missing(const qllm_weights *weights, const qllm_decoder_config *config)
+int64_t qllm_weights_missing(const qllm_weights *weights, const qllm_decoder_config *config,
+                             int64_t begin, int64_t end)
 {
-    for (int64_t i = 0; i < weights->count; i++) {
+    for (int64_t i = begin; i < end; i++) {
         qllm_slot slot;
         if (qllm_weights_is_set(weights, config, i))
             continue;

@@ -62,8 +62,9 @@ void qllm_weight_clear(qllm_weight *weight);
 bool qllm_weights_is_set(const qllm_weights *weights, const qllm_decoder_config *config,
                          int64_t index);
 
-/* The first slot that is needed and not set, or -1. */
-int64_t qllm_weights_missing(const qllm_weights *weights, const qllm_decoder_config *config);
+/* The first slot in [begin, end) that is needed and not set, or -1. */
+int64_t qllm_weights_missing(const qllm_weights *weights, const qllm_decoder_config *config,
+                             int64_t begin, int64_t end);
 
 /* The weight of a linear slot or of the embedding. */
 qllm_status qllm_weights_find(const qllm_weights *weights, const qllm_decoder_config *config,

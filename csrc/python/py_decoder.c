@@ -4,7 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-#include "core/alloc.h"
 #include "decoder/cpu_backend.h"
 #include "python/arguments.h"
 #include "python/array.h"
@@ -249,124 +248,6 @@ static PyObject *decoder_sequence(PyObject *object, PyObject *unused)
     return qllm_wrap_sequence(self, sequence);
 }
 
-/* The arguments of a step in memory of its own: nobody changes them while the GIL is released. */
-typedef struct step_arguments {
-    PyObject *objects; /* tuple that keeps the sequences alive */
-    qllm_sequence **sequences;
-    int64_t *tokens;
-    bool *want;
-    int64_t n, wanted;
-} step_arguments;
-
-static void clear_step(step_arguments *step)
-{
-    Py_CLEAR(step->objects);
-    qllm_free(step->sequences);
-    qllm_free(step->tokens);
-    qllm_free(step->want);
-}
-
-static int take_sequences(const qllm_state *state, qllm_decoder_object *self, PyObject *list,
-                          step_arguments *step)
-{
-    if (!PyList_Check(list) && !PyTuple_Check(list)) {
-        PyErr_Format(PyExc_TypeError, "sequences: expected a list of Sequence, found %s",
-                     Py_TYPE(list)->tp_name);
-        return -1;
-    }
-    step->objects = PySequence_Tuple(list);
-    if (step->objects == NULL)
-        return -1;
-    step->n = (int64_t)PyTuple_GET_SIZE(step->objects);
-    void *memory[3] = {NULL, NULL, NULL};
-    const int64_t sizes[3] = {sizeof(qllm_sequence *), sizeof(int64_t), sizeof(bool)};
-    qllm_error error;
-    qllm_status status = QLLM_OK;
-    for (int i = 0; i < 3 && status == QLLM_OK; i++)
-        status = qllm_alloc(&memory[i], step->n, sizes[i], "the rows of a step", &error);
-    step->sequences = memory[0];
-    step->tokens = memory[1];
-    step->want = memory[2];
-    if (status != QLLM_OK) {
-        qllm_raise(state, &error);
-        return -1;
-    }
-    for (int64_t i = 0; i < step->n; i++) {
-        PyObject *item = PyTuple_GET_ITEM(step->objects, (Py_ssize_t)i);
-        if (!Py_IS_TYPE(item, state->sequence_type)) {
-            PyErr_Format(PyExc_TypeError, "sequences[%lld]: expected a Sequence, found %s",
-                         (long long)i, Py_TYPE(item)->tp_name);
-            return -1;
-        }
-        if (((qllm_sequence_object *)item)->owner != self) {
-            qllm_raise_value(state, "sequences[%lld]: made by another decoder; use this decoder's "
-                             "sequence()", (long long)i);
-            return -1;
-        }
-        step->sequences[i] = ((qllm_sequence_object *)item)->sequence;
-    }
-    return 0;
-}
-
-/* Copies an array of n values of `size` bytes each. */
-static int take_values(const qllm_state *state, PyObject *object, qllm_array_kind kind, int64_t n,
-                       size_t size, const char *name, void *out)
-{
-    PyObject *array = qllm_array_input(state, object, kind, 1, 1, name);
-    if (array == NULL)
-        return -1;
-    int fits = qllm_array_size(array) == n;
-    if (fits)
-        memcpy(out, qllm_array_data(array), (size_t)n * size);
-    else
-        qllm_raise_value(state, "%s: %lld values for %lld sequences, expected one for each", name,
-                         (long long)qllm_array_size(array), (long long)n);
-    Py_DECREF(array);
-    return fits ? 0 : -1;
-}
-
-static PyObject *decoder_step(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"sequences", "tokens", "want", NULL};
-    qllm_decoder_object *self = (qllm_decoder_object *)object;
-    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
-    PyObject *list, *tokens, *want = Py_None, *logits = NULL;
-    step_arguments step = {0};
-    qllm_error error;
-    qllm_status status;
-    void *data;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:step", names, &list, &tokens, &want))
-        return NULL;
-    int failed = take_sequences(state, self, list, &step) < 0 ||
-                 take_values(state, tokens, QLLM_ARRAY_I64, step.n, sizeof(int64_t), "tokens",
-                             step.tokens) < 0;
-    if (!failed && want != Py_None)
-        failed = take_values(state, want, QLLM_ARRAY_BOOL, step.n, sizeof(bool), "want",
-                             step.want) < 0;
-    for (int64_t i = 0; !failed && i < step.n; i++) {
-        step.want[i] = want == Py_None || step.want[i];
-        step.wanted += step.want[i];
-    }
-    if (!failed) {
-        qllm_slot embedding;
-        describe_slot(self, 0, &embedding);
-        int64_t shape[2] = {step.wanted, embedding.rows};
-        logits = qllm_array_new(QLLM_ARRAY_F32, 2, shape, &data);
-    }
-    if (logits != NULL) {
-        Py_BEGIN_ALLOW_THREADS
-        status = self->backend->step(self->decoder, step.sequences, step.tokens, step.want, step.n,
-                                     data, &error);
-        Py_END_ALLOW_THREADS
-        if (status != QLLM_OK) {
-            Py_CLEAR(logits);
-            qllm_raise(state, &error);
-        }
-    }
-    clear_step(&step);
-    return logits;
-}
-
 /* reports -------------------------------------------------------------------------------------- */
 
 static PyObject *decoder_nbytes(PyObject *object, PyObject *unused)
@@ -470,13 +351,25 @@ static PyMethodDef decoder_methods[] = {
      "the bytes that were set."},
     {"sequence", decoder_sequence, METH_NOARGS, "sequence($self, /)\n--\n\n"
      "A new, empty Sequence."},
-    {"step", (PyCFunction)(void (*)(void))decoder_step, METH_VARARGS | METH_KEYWORDS,
+    {"step", (PyCFunction)(void (*)(void))qllm_decoder_step, METH_VARARGS | METH_KEYWORDS,
      "step($self, sequences, tokens, want=None)\n--\n\n"
      "Logits, float32 (wanted rows, vocab), of one row "
      "per (sequences[i], tokens[i]): the rows of a\nsequence are consecutive and are its next "
      "positions. want: bool (n,), default all.  On any error no\nsequence has changed.  A row's "
      "logits are the same bits whatever stands beside it, except with\nint8_outliers=\"batch\", "
      "where the rows of a chunk share their outlier columns by definition."},
+    {"embed", qllm_decoder_embed, METH_O,
+     "embed($self, tokens, /)\n--\n\n"
+     "Hidden states, float32 (n, hidden): the embedding's rows of token ids. Needs no other slot."},
+    {"blocks", (PyCFunction)(void (*)(void))qllm_decoder_blocks, METH_VARARGS | METH_KEYWORDS,
+     "blocks($self, sequences, hidden)\n--\n\n"
+     "The hidden states that all layers of this decoder make of others, float32 (n, hidden), one "
+     "row per\nsequences[i] as in step. Needs the slots of the layers alone."},
+    {"head", qllm_decoder_head, METH_O,
+     "head($self, hidden, /)\n--\n\n"
+     "Logits, float32 (n, vocab), of hidden states (n, hidden): the final norm and the output "
+     "embedding,\nwhich are all that is needed. head(blocks(sequences, embed(tokens))) has the "
+     "bits of step."},
     {"info", decoder_info, METH_NOARGS,
      "info($self, /)\n--\n\ndevice, isa, threads, cpu_model, compute, kernels ({format: [names]}), "
      "int8_threshold, int8_outliers."},

@@ -30,6 +30,12 @@ PyObject *qllm_decoder_load_embedding(PyObject *object, PyObject *args, PyObject
 PyObject *qllm_decoder_tie_embedding(PyObject *object, PyObject *unused);
 PyObject *qllm_decoder_linear_error(PyObject *object, PyObject *args, PyObject *kwargs);
 
+/* Methods of Decoder in py_decoder_step.c. */
+PyObject *qllm_decoder_step(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *qllm_decoder_embed(PyObject *object, PyObject *argument);
+PyObject *qllm_decoder_blocks(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *qllm_decoder_head(PyObject *object, PyObject *argument);
+
 enum { QLLM_CONFIG_ARRAYS = 2 };
 
 typedef struct qllm_parsed_config {
