@@ -291,3 +291,38 @@ def test_run_keeps_results_and_writes_the_page(tmp_path: Path,
     assert all(f"| {row['what']} |" in page for row in rows)
     assert "qllm nf4 auto, 8 rows" in page and _core.cpu_info()["model"] in page
     assert "## Notes" in page
+
+
+# ----------------------------------------------------------------------------------------- study
+
+
+def test_a_grid_is_drawn_once_and_looped_over(tmp_path: Path) -> None:
+    need("torch", "transformers", "bitsandbytes", "accelerate")
+    out = tmp_path / "study.json"
+    printed = script("study.py", "--model", "tiny", "--folder", str(tmp_path / "tiny"),
+                     "--threads", "1", "--rounds", "2", "--prompts", "2", "--seeds", "2",
+                     "--temperatures", "0", "1", "--top-k", "0", "5", "--lengths", "2", "3",
+                     "--sample", "1", "--json", str(out))
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert (found["cells"], found["cells_tokens"]) == (2 * 2 * 2 * 2 * 2, 16 * 2 + 16 * 3)
+    assert (found["texts"], found["tokens"]) == (2 + 2 * 2 * 2, 3 * 10)  # greedy ones serve all
+    names = {"qllm nf4", "transformers bf16", "bitsandbytes nf4"}
+    assert names == set(found["seconds_per_cell"])
+    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds_per_cell"].values())
+    ours, theirs = (found["seconds_per_cell"][name] for name in ("qllm nf4", "transformers bf16"))
+    assert found["ratios"]["transformers bf16"] == [b / a for a, b in zip(ours, theirs)]
+    assert "10 texts, 30 tokens" in printed and "times as fast" in printed
+
+
+def test_a_grid_has_every_cell_and_each_draw_once() -> None:
+    import study
+
+    options = study.parser().parse_args(["--prompts", "2", "--seeds", "3", "--temperatures", "0",
+                                         "0.5", "--top-k", "0", "7", "--lengths", "4", "2"])
+    cells = study.grid(options)
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * 3 * 2
+    drawn = study.requests(cells, [[1, 2], [3]])
+    assert len(drawn) == 2 + 2 * 2 * 3
+    assert {request.config.max_new_tokens for request in drawn} == {4}
+    assert sorted(cell.length for cell in study.sample(cells, 3, np.random.default_rng(1))) == [
+        2, 2, 2, 4, 4, 4]
