@@ -70,6 +70,11 @@ class Tokenizer:
         except BaseException as error:
             raise _refusal(error, "the token ids cannot be decoded")
 
+    def piece(self, token: int) -> str | None:
+        """How the vocabulary writes a token id, special ones included; None where it has none."""
+        piece: str | None = self._tokenizer.id_to_token(token)
+        return piece
+
     def continuation(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """The text which `ids` add after `prompt_ids`, special tokens left out."""
         context = list(prompt_ids[-_CONTEXT:])

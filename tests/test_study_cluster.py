@@ -124,7 +124,6 @@ def test_a_cell_takes_no_more_threads_than_its_worker(
     assert _in_turn(limit, lambda task: task.design.threads, task) == cut
     null = Task(replace(TINY, threads=threads), "demo:llama", "null")
     assert _in_turn(limit, lambda task: task.design.arm("null").threads, null) == 2
-    assert _in_turn(1, lambda task: task.design.arm("null").threads, null) == 1
 
 
 def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:

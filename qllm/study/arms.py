@@ -20,7 +20,7 @@ from ..sampling import round_logits
 from .design import Arm, Design
 
 if TYPE_CHECKING:
-    from ..generation import Generation, Request
+    from ..generation import Generation, Request, Row
     from ..model import Model
 
 UNIFORM_LEVELS = 16
@@ -211,8 +211,8 @@ class ForeignArm(LoadedArm):
         return round_logits(found, self.design.logits_dtype)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Token by token over all requests, where those with the same text so far share its
-        logits."""
+        """Requests with the same text so far share its logits, and a text is followed to its end
+        before another: a source that keeps what it has read goes on from there."""
         from ..generation import Row, draw, prompt_key_of
 
         model = self.reference.model
@@ -222,15 +222,12 @@ class ForeignArm(LoadedArm):
             ids = tuple(model.encode(given) if isinstance(given, str) else given)
             eos = frozenset(() if request.config.ignore_eos else model.eos_token_id)
             rows.append(Row(index, ids, request.config, prompt_key_of(ids), eos))
-        active = rows
-        while active:
-            alike: dict[tuple[int, ...], list[Row]] = {}
-            for row in active:
-                alike.setdefault((*row.prompt_ids, *row.ids), []).append(row)
-            for ids, group in alike.items():
-                last = self.logits(ids)[-1:]
-                draw(group, np.repeat(last, len(group), axis=0), self.reference.threads)
-            active = [row for row in active if row.finish_reason is None]
+        waiting = _by_text(rows)
+        while waiting:
+            ids, group = waiting.pop()
+            last = self.logits(ids)[-1:]
+            draw(group, np.repeat(last, len(group), axis=0), self.reference.threads)
+            waiting += _by_text([row for row in group if row.finish_reason is None])
         return [row.result(model.tokenizer) for row in rows]
 
     def layers(self) -> list[dict[str, Any]]:
@@ -250,6 +247,14 @@ class ForeignArm(LoadedArm):
             "compute": self.source.name,
             "kernels": {},
         }
+
+
+def _by_text(rows: Sequence[Row]) -> list[tuple[tuple[int, ...], list[Row]]]:
+    """Rows by their token ids so far."""
+    alike: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((*row.prompt_ids, *row.ids), []).append(row)
+    return list(alike.items())
 
 
 def _common(one: Sequence[int], two: Sequence[int]) -> int:

@@ -133,19 +133,15 @@ def _on_worker(version: str, fn: Callable[..., Any], /, *args: Any, **kwargs: An
 
 
 def _in_turn(limit: int, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    from .cells import Task
+    from .cells import SPEED, Task
     from .plan import limited
 
     count, cut = 1, []
     for argument in args:
         if isinstance(argument, Task):
             argument = limited(argument, threads=limit)
-            count = max([argument.design.threads or 1, *_own_threads(argument)])
+            own = argument.design.arm(argument.arm).threads if argument.arm != SPEED else None
+            count = min(own or argument.design.threads or 1, limit)
         cut.append(argument)
     with _TURNS.take(count, limit):
         return fn(*cut, **kwargs)
-
-
-def _own_threads(task: Any) -> list[int]:
-    """Of the task's arm, where it has another number than the design."""
-    return [arm.threads for arm in task.design.arms if arm.name == task.arm and arm.threads]

@@ -19,8 +19,8 @@ ROLES = ("reference", "arm", "null", "control", "ceiling")
 must not differ; one that is bad on purpose, which must be seen to differ; one that computes more
 exactly than the reference."""
 
-SOURCES = ("qllm", "transformers", "gguf")
-"""What loads an arm's model and computes its logits."""
+SOURCES = ("qllm", "transformers", "gguf", "live")
+"""What loads an arm's model and computes its logits; "live": an object that is given to `run`."""
 
 CODES = ("own", "uniform")
 """The sixteen levels of a 4-bit format: its own, or equally spaced from -1 to 1."""

@@ -224,6 +224,8 @@ def _speed_plan(design: Design, size: ModelSize) -> CellPlan:
 
 def _weights(design: Design, size: ModelSize, arm: Arm) -> int:
     """Of an arm; of one from elsewhere, what its files hold."""
+    if arm.source == "live":  # it is there already
+        return 0
     if arm.source != "qllm":
         return _file_bytes(arm.path) if arm.path is not None else size.file_bytes
     head = design.quantize_head if arm.quantize_head is None else arm.quantize_head
@@ -303,19 +305,15 @@ def _group(limit: str, used: str) -> int | None:
 
 def limited(task: Task, *, threads: int | None = None, batch_size: int | None = None) -> Task:
     """The task with at most so many threads and rows in a batch, which change nothing in what comes
-    out of it. Threads of None, all, become `threads`."""
+    out of it. Threads of None, all, become `threads`; an arm that has a number of threads of its
+    own, to show that it does not matter, keeps it."""
 
     def least(value: int | None, limit: int | None) -> int | None:
         return value if limit is None or value is None else min(value, limit)
 
     design = task.design
     arms = tuple(
-        replace(
-            arm,
-            threads=least(arm.threads, threads),
-            batch_size=least(arm.batch_size, batch_size),
-        )
-        for arm in design.arms
+        replace(arm, batch_size=least(arm.batch_size, batch_size)) for arm in design.arms
     )
     rows = least(design.batch_size, batch_size)
     assert rows is not None

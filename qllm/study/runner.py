@@ -26,7 +26,8 @@ from ..checkpoint import Checkpoint
 from ..errors import QllmError, QllmFileError, QllmUnsupportedError, QllmValueError
 from ..saving import folder_path
 from ..strict_json import read_object
-from .cells import SPEED, OwnText, Task, compute, own_texts
+from .arms import ForeignArm, load_own
+from .cells import SPEED, OwnText, Task, cell_body, compute, own_texts
 from .design import MAX_DESIGN_BYTES, Design, differences, resolve
 from .files import (
     DamagedCell,
@@ -36,6 +37,7 @@ from .files import (
     write_cell,
     write_text,
 )
+from .foreign import Live
 from .plan import Need, fitted, outline, sizes_of
 from .progress import Event, Listener, Pace, listening
 
@@ -56,6 +58,7 @@ def run(
     executor: Executor | None = None,
     progress: bool | Listener | None = None,
     fresh: bool = False,
+    live: Mapping[str, Any] | None = None,
 ) -> Study:
     """Runs a study, or what is left of it, and returns its results.
 
@@ -66,7 +69,10 @@ def run(
     refused, unless `fresh` says to begin anew. `executor`: cells go through its `submit` (any
     concurrent.futures.Executor, or that of `cluster`); without one they run here one after the
     other, with the same results, byte for byte. `progress`: True for a bar or lines on stderr, or a
-    callable which takes an `Event`.
+    callable which takes an `Event`. `live`: for every arm whose source is "live", by name, an
+    object with `logits(ids)`, which takes a list of token ids and gives the logits after each,
+    (n, vocab) float32, of the one model of the design. Such arms are computed in this process, and
+    their cells are known by the arm's name alone: begin anew when the object changes.
 
     A cell whose models and batch do not fit into the free memory of where it runs is computed in
     smaller batches, which changes nothing in what comes out, or refused with its sizes.
@@ -81,14 +87,37 @@ def run(
             f"executor must have the method submit of concurrent.futures.Executor; a"
             f" {type(executor).__name__} has not"
         )
+    live = _checked_live(design, {} if live is None else live)
     require_packages()
     folder = folder_path(out)
     with listening(progress) as tell:
         manifest = _manifest(design)
         _prepare(folder, design, manifest, fresh)
-        work = _Work(folder, design, manifest, tell)
+        work = _Work(folder, design, manifest, tell, live)
         work.do(executor)
         return _finish(work)
+
+
+def _checked_live(design: Design, live: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The objects of live arms, one for each."""
+    names = [arm.name for arm in design.arms if arm.source == "live"]
+    for name in names:
+        if not callable(getattr(live.get(name), "logits", None)):
+            raise QllmValueError(
+                f"arm {name!r} is live, so run(..., live={{{name!r}: ...}}) must give an object"
+                " with the method logits(ids) for it"
+            )
+    for name in live:
+        if name not in names:
+            raise QllmValueError(
+                f"live has {name!r}, but no arm of that name has the source live"
+            )
+    if names and len(design.models) > 1:
+        raise QllmValueError(
+            f"arm {names[0]!r} is one live model, but the design has {len(design.models)} models;"
+            " study them one by one"
+        )
+    return live
 
 
 def require_packages() -> None:
@@ -238,9 +267,15 @@ class _Work:
     """The cells of a study: which are there, which are to be computed, in which order."""
 
     def __init__(
-        self, folder: Path, design: Design, manifest: dict[str, Any], tell: Listener
+        self,
+        folder: Path,
+        design: Design,
+        manifest: dict[str, Any],
+        tell: Listener,
+        live: Mapping[str, Any],
     ) -> None:
         self.folder, self.design, self.manifest, self.tell = folder, design, manifest, tell
+        self.live = live
         self.done: dict[tuple[str, str], dict[str, Any]] = {}
         self.keys = cell_keys(design)
         self.total = len(self.keys) + 2  # tables; pictures and report
@@ -270,15 +305,33 @@ class _Work:
             [key for key in self.keys if key not in references and key[1] != SPEED],
             *([key] for key in self.keys if key[1] == SPEED),
         ):
-            missing = [
-                (self._task(key), self.costs[key].need) for key in stage if key not in self.done
-            ]
-            for task, body, seconds in _computed(missing, executor):
-                key = (task.model, task.arm)
-                write_cell(self._path(key), self._fingerprint(key), body)
-                self.done[key] = body
-                self.pace.work(self.costs[key].tokens)
-                self.step(f"{_label(key)}: {seconds:.1f} s")
+            missing = [key for key in stage if key not in self.done]
+            tasks = [(self._task(key), self.costs[key].need) for key in missing]
+            here = [task for task, _ in tasks if task.arm in self.live]
+            elsewhere = [item for item in tasks if item[0].arm not in self.live]
+            for found in (_computed(elsewhere, executor), self._computed_live(here)):
+                for task, body, seconds in found:
+                    self._keep(task, body, seconds)
+
+    def _keep(self, task: Task, body: dict[str, Any], seconds: float) -> None:
+        """Writes a cell that was computed."""
+        key = (task.model, task.arm)
+        write_cell(self._path(key), self._fingerprint(key), body)
+        self.done[key] = body
+        self.pace.work(self.costs[key].tokens)
+        self.step(f"{_label(key)}: {seconds:.1f} s")
+
+    def _computed_live(
+        self, tasks: Iterable[Task]
+    ) -> Iterator[tuple[Task, dict[str, Any], float]]:
+        """The cells of arms that are objects of this process."""
+        for task in tasks:
+            start = time.monotonic()
+            design, arm = task.design, task.design.arm(task.arm)
+            reference = load_own(task.model, design.reference, design)
+            source = Live(arm, self.live[arm.name], reference.vocab)
+            body = cell_body(task, ForeignArm(source, design, arm, reference), reference)
+            yield task, body, time.monotonic() - start
 
     def _task(self, key: tuple[str, str]) -> Task:
         model, arm = key
