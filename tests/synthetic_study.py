@@ -165,10 +165,11 @@ def _claim_tables(design):
                        "p": 0.02, "p_holm": 0.04, "note": ""})
     frame = pd.DataFrame(claims)
     checks = pd.DataFrame(
-        [{"model": model, "arm": "null-batch", "measure": measure, "largest_difference": 0.0,
-          "exactly_zero": True} for model in design.models for measure in ("kl", "tv")])
-    return {"claims": frame, "speed_claims": frame.iloc[:0], "verdicts": pd.DataFrame(verdicts),
-            "checks": checks}
+        [{"model": model, "arm": "null-batch", "check": "null", "measure": measure,
+          "largest_difference": 0.0, "exactly_zero": True} for model in design.models for measure in ("kl", "tv")])
+    words = pd.DataFrame(verdicts)
+    return {"claims": frame, "speed_claims": frame.iloc[:0], "verdicts": words,
+            "speed_verdicts": words.iloc[:0], "checks": checks}
 
 
 def _play(design):

@@ -179,14 +179,14 @@ def test_weights_are_counted(study):
 
 def test_claims_say_what_they_can(study):
     claims = study.claims
-    assert set(claims["verdict"]) <= {"confirmed", "refuted", "inconclusive", "not tested"}
+    assert set(claims["verdict"]) <= {"confirmed", "refuted", "inconclusive", "not testable"}
     memory = claims.query("claim == 'C1b'")
     assert (memory["verdict"] == "confirmed").all() and (memory["estimate"] == 1).all()
     for claim in ("C2", "C3"):
         rows = claims.query(f"claim == '{claim}'")
-        assert (rows["verdict"] == "not tested").all()
-        assert rows["note"].str.contains("demo models").all()
-    assert {"C1a", "C1c", "C4", "C5", "C6"} <= set(claims.query("verdict != 'not tested'")["claim"])
+        assert (rows["verdict"] == "not testable").all()
+        assert rows["reason"].str.contains("demo model").all()
+    assert {"C1a", "C1c", "C4", "C5", "C6"} <= set(claims.query("verdict != 'not testable'")["claim"])
     ratios = claims.query("claim == 'C5' and endpoint == 'tokens/s, decode'")
     assert (ratios["estimate"] > 0).all()
 
@@ -262,7 +262,7 @@ def test_few_arms_are_a_study_too(tmp_path, arms):
     assert len(study.tables["checks"]) == (14 if "null" in arms else 0)
     said = "exactly 0 in all 14 measures" if "null" in arms else "This study has no null arm"
     assert said in study.report.read_text("utf-8")
-    assert list(study.tables["speed_claims"]["verdict"]) == ["not tested"] * 3
+    assert list(study.tables["speed_claims"]["verdict"]) == ["not testable"] * 3
 
 
 @pytest.mark.parametrize("after", [1, 2])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from qllm.study.measures import (
     distinct_n,
-    diversity,
     divergent_word,
     edit_distance,
     ended,
@@ -19,6 +18,7 @@ from qllm.study.measures import (
     ngrams,
     rep_n,
     repeated_sentences,
+    repetition,
     sentences,
     spread,
     zlib_ratio,
@@ -38,9 +38,11 @@ def test_repetition_by_hand():
 
 
 def test_diversity_by_hand():
-    assert diversity([1, 2, 1, 2, 1, 2]) == pytest.approx((2 / 5) * (2 / 4) * (2 / 3))
-    assert diversity(range(9)) == 1
-    assert math.isnan(diversity([1, 2, 3]))
+    found = repetition([1, 2, 1, 2, 1, 2])
+    assert found["diversity"] == pytest.approx((2 / 5) * (2 / 4) * (2 / 3))
+    assert found["rep_2"] == pytest.approx(3 / 5)
+    assert repetition(range(9))["diversity"] == 1
+    assert math.isnan(repetition([1, 2, 3])["diversity"])
 
 
 def test_distinct_over_texts_by_hand():
@@ -55,7 +57,7 @@ def test_repetition_is_what_distinct_lacks(ids, n):
         assert rep_n(ids, n) == pytest.approx(1 - distinct_n([ids], n))
         assert 0 <= rep_n(ids, n) < 1
     if len(ids) >= 4:
-        assert 0 < diversity(ids) <= 1
+        assert 0 < repetition(ids)["diversity"] <= 1
 
 
 @pytest.mark.parametrize(

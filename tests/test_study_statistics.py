@@ -173,6 +173,7 @@ def test_median_is_not_moved_by_a_disturbed_timing():
         found = [INTERVALS.median(rng.normal(0, 1, rounds)) for _ in range(300)]
         assert 0.92 <= np.mean([one.low <= 0 <= one.high for one in found])
     assert math.isnan(INTERVALS.median(np.array([1.0])).low)
+    assert INTERVALS.median(np.array([1.0, 2.0, 9.0])).low == 0
 
 
 def test_what_is_counted_is_exact():

@@ -88,7 +88,8 @@ class LoadedArm(ABC):
 
     @abstractmethod
     def environment(self) -> dict[str, Any]:
-        """On what it is computed, as far as it says how: cpu, device, isa, compute, kernels."""
+        """On what it is computed, as far as it says how: cpu, device, isa, compute, kernels; and
+        what `config.json` calls the architecture."""
 
 
 class OwnArm(LoadedArm):
@@ -184,6 +185,7 @@ class OwnArm(LoadedArm):
             "device": info.device,
             "isa": info.isa,
             "compute": info.compute,
+            "architecture": self.model.checkpoint.config.get("model_type"),
             "kernels": info.kernels,
         }
 

@@ -23,7 +23,8 @@ CACHED_BYTES = 100_000_000
 
 def null_sentence(study: Study) -> tuple[bool, str]:
     """Whether the null arms differ in nothing, and a sentence that says so."""
-    design, checks = study.design, study.tables["checks"]
+    design = study.design
+    checks = rows(study.tables["checks"], check="null")
     nulls = [arm for arm in design.arms if arm.role == "null"]
     if not nulls:
         return False, "This study has no null arm, so nothing shows how large its own noise is."
@@ -35,7 +36,7 @@ def null_sentence(study: Study) -> tuple[bool, str]:
         f" {plain.batch_size or design.batch_size} on {plain.threads or design.threads or 'all'})"
         for arm in nulls
     )
-    wrong = checks[~checks["exactly_zero"]]
+    wrong = rows(checks, exactly_zero=False)
     if len(wrong) == 0:
         return True, (
             f"Null arm {how}: exactly 0 in all {checks['measure'].nunique()} measures, for every"

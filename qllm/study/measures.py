@@ -31,10 +31,11 @@ def rep_n(ids: Sequence[int], n: int) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else math.nan
 
 
-def diversity(ids: Sequence[int]) -> float:
-    """Product over n = 2, 3, 4 of 1 - rep_n: 1 when no two tokens in a row come twice; NaN for
-    fewer than four tokens."""
-    return math.prod(1 - rep_n(ids, n) for n in (2, 3, 4))
+def repetition(ids: Sequence[int]) -> dict[str, float]:
+    """`rep_1` to `rep_4`, and `diversity`, the product over n = 2, 3, 4 of 1 - rep_n: 1 when no two
+    tokens in a row come twice, NaN for fewer than four tokens."""
+    found = {f"rep_{n}": rep_n(ids, n) for n in (1, 2, 3, 4)}
+    return {**found, "diversity": math.prod(1 - found[f"rep_{n}"] for n in (2, 3, 4))}
 
 
 def distinct_n(texts: Iterable[Sequence[int]], n: int) -> float:

@@ -20,7 +20,7 @@ from .methods import demonstration, limits, methods, provenance
 from .plots import PICTURES, Drawn, absent, write_plots
 from .side_by_side import side_by_side
 from .tables_html import tables_html
-from .verdict_table import counts, verdict_rows, verdict_table
+from .verdict_table import counts, verdict_table
 
 if TYPE_CHECKING:
     from .result import Study
@@ -100,7 +100,7 @@ def _answer(study: Study) -> list[str]:
     """The verdicts first, then whether the instrument works, then the study in short."""
     parts = [
         "<h2>Verdicts</h2>",
-        f"<p>{counts(verdict_rows(study))}.</p>",
+        f"<p>{counts(study.verdicts)}.</p>",
         verdict_table(study),
     ]
     for good, sentence in (captions.null_sentence(study), captions.control_sentence(study)):

@@ -53,12 +53,20 @@ class Study:
 
     @property
     def claims(self) -> DataFrame:
-        """What the study says about each claim of arXiv 2309.05210, with intervals and verdicts:
-        the tables `claims` and `speed_claims` together."""
+        """Every comparison behind the verdicts, with intervals: the tables `claims` and
+        `speed_claims` together."""
+        return self._together("claims", "speed_claims")
+
+    @property
+    def verdicts(self) -> DataFrame:
+        """What the study says about each claim of arXiv 2309.05210 for each model, and why: the
+        tables `verdicts` and `speed_verdicts` together."""
+        return self._together("verdicts", "speed_verdicts")
+
+    def _together(self, *names: str) -> DataFrame:
         import pandas as pd
 
-        both = [self.tables["claims"], self.tables["speed_claims"]]
-        frame = pd.concat([part for part in both if len(part)])
+        frame = pd.concat([part for name in names if len(part := self.tables[name])])
         return frame.sort_values("claim", kind="stable", ignore_index=True)
 
     @property

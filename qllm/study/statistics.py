@@ -265,8 +265,10 @@ class Intervals:
         zero = np.zeros(1)
         error = math.sqrt(math.pi / 2 / n) * values.std(ddof=1, keepdims=True) if n > 1 else zero
         found = Resampled(estimate, drawn, zero, zero, error, n, n < FEW)
-        low, high = found.interval(self.confidence)
-        return Finding(float(estimate[0]), float(low[0]), float(high[0]), n, found)
+        low, high = (float(end[0]) for end in found.interval(self.confidence))
+        if (values >= 0).all():
+            low = max(low, 0.0)  # where a symmetric interval of few rounds would reach below
+        return Finding(float(estimate[0]), low, high, n, found)
 
 
 @functools.lru_cache(maxsize=32)

@@ -24,7 +24,7 @@ def verdict_table(study: Study) -> str:
     the reason in a sentence. A claim on which all models agree word by word has one line."""
     lines = []
     for claim, sentence in CLAIMS.items():
-        found = rows(verdict_rows(study), claim=claim)
+        found = rows(study.verdicts, claim=claim)
         same = (
             len(found) > 1
             and found["estimate"].isna().all()
@@ -48,19 +48,6 @@ def verdict_table(study: Study) -> str:
     )
 
 
-def verdict_rows(study: Study) -> DataFrame:
-    """The table of verdicts."""
-    if (found := study.tables.get("verdicts")) is not None:
-        return found
-    from .claims import verdicts
-
-    frame = verdicts(study.design, study.claims)
-    notes = study.claims.drop_duplicates("claim").set_index("claim")["note"]
-    reasons = [notes[claim] for claim in frame["claim"]]
-    blank = dict.fromkeys(("estimate", "low", "high", "prompts"), math.nan)
-    return frame.assign(**blank, reason=reasons)
-
-
 def _cells(name: str, row: Any) -> str:
     prompts = row["prompts"]
     count = NONE if prompts is None or math.isnan(prompts) or prompts == 0 else f"{prompts:.0f}"
@@ -75,5 +62,5 @@ def _cells(name: str, row: Any) -> str:
 def counts(verdicts: DataFrame) -> str:
     """How many verdicts of each kind, in words."""
     found = verdicts["verdict"].value_counts()
-    words = ("confirmed", "refuted", "inconclusive", "not testable", "not tested")
+    words = ("confirmed", "refuted", "inconclusive", "not testable")
     return ", ".join(f"{found[word]} {word}" for word in words if word in found)
