@@ -94,12 +94,12 @@ def test_an_arm_has_one_colour_everywhere(study):
     known = looks(DESIGN)
     assert len({(look.colour, str(look.dash)) for look in known.values()}) == len(known)
     seen = 0
-    for name in study.plots:
+    for name in ("effective_temperature", "hazard", "generation", "cost", "play"):
         for entry in study.plot(name).legends[0].get_lines():
             if entry.get_label() in known:
                 assert to_hex(entry.get_color()).upper() == known[entry.get_label()].colour.upper()
                 seen += 1
-    assert seen > 40
+    assert seen == 7 + 6 + 8 + 7 + 8
     page_data = json.loads(explorer.script_data(study))
     assert {arm["name"]: arm["colour"] for arm in page_data["arms"]} == {
         name: look.colour for name, look in known.items() if name != "null-batch"
@@ -159,7 +159,7 @@ def test_hazard_is_parted_texts_per_token_at_risk(study):
 
 @pytest.mark.parametrize("name", ["tenths", "slopes", "effective_temperature", "cost"])
 def test_a_missing_table_leaves_its_picture_out_with_a_sentence(study, name):
-    table = {"cost": "memory"}.get(name, name)
+    table = {"cost": "speed"}.get(name, name)
     less = changed(study, **{table: None})
     assert name not in less.plots and absent(less, name) == f"the study has no table {table}"
     with pytest.raises(QllmValueError, match=f"no plot '{name}': the study has no table {table}"):
@@ -215,10 +215,10 @@ def test_null_and_control_are_judged(study):
     checks.loc[0, ["largest_difference", "exactly_zero"]] = [0.25, False]
     ok, text = captions.null_sentence(changed(study, checks=checks))
     assert not ok and "NOT 0 in 1 of 4 checks (demo llama null-batch kl 0.25)" in text
-    summary = study.tables["summary"].copy()
-    summary.loc[summary["arm"] == "control", ["estimate", "low", "high"]] = 0.001
-    ok, text = captions.control_sentence(changed(study, summary=summary))
-    assert not ok and "NOT clearly above every arm" in text
+    checks = study.tables["checks"].copy()
+    checks.loc[checks.index[-1], "passed"] = False
+    ok, text = captions.control_sentence(changed(study, checks=checks))
+    assert not ok and "NOT clearly beyond what counts as equal in ln_ppl_ratio in demo" in text
     plain = replace(DESIGN, arms=("bf16", "nf4"))
     bare = Study(study.folder, plain, study.manifest, study.tables)
     assert captions.null_sentence(bare)[1].startswith("This study has no null arm")
@@ -483,6 +483,17 @@ def test_a_real_study_has_its_report(tmp_path):
     assert again.play == study.play and again.plots == study.plots
     page = study.report.read_text("utf-8")
     assert Outline(page).stack == []
+    texts = study.play["models"][0]["texts"]
+    assert len(texts) == 3 * len(design.prompts) * len(design.temperatures)
+    for text in texts:
+        row = study.tables["samples"].query(
+            f"arm == '{text['arm']}' and prompt == '{text['prompt']}'"
+            f" and temperature == {text['temperature']}"
+        ).iloc[0]
+        assert "".join(text["pieces"]) == row["text"]
+        assert len(text["pieces"]) == len(text["nll"]) == row["tokens"]
+        assert np.mean(text["nll"]) == pytest.approx(row["nll_reference"], abs=1e-3)
+    assert '<span class="u' in page and "<mark" in page
     for name in study.plots:
         assert (study.folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (study.folder / "plots" / f"{name}.svg").read_bytes()[:600]

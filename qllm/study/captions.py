@@ -45,7 +45,7 @@ def null_sentence(study: Study) -> tuple[bool, str]:
         )
     worst = "; ".join(
         f"{label(row['model'])} {row['arm']} {row['measure']} {number(row['largest_difference'])}"
-        for _, row in wrong.iterrows()
+        for row in wrong.to_dict("records")
     )
     return False, (
         f"Null arm {how}: NOT 0 in {len(wrong)} of {len(checks)} checks ({worst}). Differences of"
@@ -54,37 +54,41 @@ def null_sentence(study: Study) -> tuple[bool, str]:
 
 
 def control_sentence(study: Study) -> tuple[bool, str]:
-    """Whether the positive control is seen (its 1 - agreement at temperature 1 lies above that of
-    every arm, the intervals apart), and a sentence that says so."""
-    controls = [arm for arm in study.design.arms if arm.role == "control"]
+    """Whether the positive control passed its checks, and a sentence that says so."""
+    controls = [arm.name for arm in study.design.arms if arm.role == "control"]
+    checks = rows(study.tables["checks"], check="control")
     if not controls:
         return False, (
             "This study has no positive control, so nothing shows that it could have seen a"
             " difference."
         )
-    summary, clauses, seen = study.tables["summary"], [], True
-    for control in controls:
-        for model in study.design.models:
-            row = _flips(summary, model, control.name)
-            if row is None:
-                continue
-            found = [_flips(summary, model, arm.name) for arm in ordinary(study.design)]
-            tops = [float(other["high"]) for other in found if other is not None]
-            highest = max(tops, default=0.0)
-            seen = seen and bool(row["low"] > highest)
-            share = f"{percent(row['estimate'])} {_percents(row)}".rstrip()
-            clauses.append(f"{label(model)} {share}")
-    if not clauses:
+    if not len(checks):
         return False, "The positive control was not compared with the reference."
-    names = listed([arm.name for arm in controls])
+    shares = [
+        f"{label(model)} {percent(row['estimate'])} {_percents(row)}".rstrip()
+        for model in study.design.models
+        for name in controls
+        if (row := _flips(study.tables["summary"], model, name)) is not None
+    ]
+    missed = [
+        f"{row['measure']} in {label(row['model'])}"
+        for row in checks.to_dict("records")
+        if not row["passed"]
+    ]
     verdict = (
-        "above every arm with the intervals apart: a format that bad would have been seen"
-        if seen
-        else "NOT clearly above every arm, so a difference of that size may go unseen here"
+        f"NOT clearly beyond what counts as equal in {listed(missed)}: a difference of that size"
+        " may go unseen here"
+        if missed
+        else "clearly beyond what counts as equal in every check: damage of that size is seen"
     )
-    return seen, (
-        f"Positive control (arm {names}), a deliberately bad 4-bit format: at temperature 1 the"
-        f" next token is another one in {'; '.join(clauses)} of all places, {verdict}."
+    said = (
+        f": at temperature 1 the next token is another one in {listed(shares)} of all places,"
+        if shares
+        else " is"
+    )
+    return not missed, (
+        f"Positive control (arm {listed(controls)}), a deliberately bad 4-bit format{said}"
+        f" {verdict}."
     )
 
 
@@ -330,7 +334,7 @@ def slopes(study: Study) -> str:
 
 def _named(part: DataFrame) -> list[str]:
     """The arms of the rows, each with its model."""
-    return [f"{row['arm']} ({label(row['model'])})" for _, row in part.iterrows()]
+    return [f"{row['arm']} ({label(row['model'])})" for row in part.to_dict("records")]
 
 
 def differences(study: Study) -> str:
@@ -380,7 +384,7 @@ def cost(study: Study) -> str:
     design, speed = study.design, study.tables["speed"]
     plain = design.reference.name
     parts = [
-        f"Speed of decoding against the bytes of the weights; median of"
+        f"Speed of decoding against the bytes of weights that a token takes to read; median of"
         f" {design.speed.rounds if design.speed else 0} rounds, the arms in turn, bars from the"
         " 10th to the 90th percentile."
     ]

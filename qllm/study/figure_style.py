@@ -200,7 +200,8 @@ def panels(
     """
     count = len(lines) * len(columns)
     down, wide = (-(-count // across), across) if narrow else (len(lines), len(columns))
-    heading = (0.42 if len(lines) > 1 or "\n" in columns[0] else 0.26) if narrow else 0.3
+    tall = "\n" in columns[0] or (narrow and len(lines) > 1)
+    heading = 0.45 if tall else 0.28
     left = 0.45 + 0.085 * max(map(len, names), default=3 if narrow else 6)
     gap = 0.3 if share_y == "all" else 0.68
     between = heading + 0.52 + under if narrow else 0.3 + under

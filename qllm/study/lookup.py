@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .design import Arm, Design
 
 if TYPE_CHECKING:
@@ -16,9 +18,10 @@ if TYPE_CHECKING:
 
 def rows(frame: DataFrame, **equal: Any) -> DataFrame:
     """The rows in which every named column has the given value."""
+    kept = np.ones(len(frame), bool)
     for name, value in equal.items():
-        frame = frame[frame[name] == value]
-    return frame
+        kept &= (frame[name] == value).to_numpy(bool)
+    return frame[kept]
 
 
 def one(frame: DataFrame, **equal: Any) -> Series | None:

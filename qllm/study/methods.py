@@ -119,10 +119,12 @@ def _statistics(design: Design) -> str:
     return (
         "Statistics: everything is paired (same prompt, noise and temperature in all arms) and"
         " clustered by prompt: a prompt or passage counts once, and all its seeds, temperatures"
-        f" and tokens move together in {design.bootstrap_draws} bootstrap draws, which give"
-        f" {100 * design.confidence:g} % intervals. p-values of the primary claims are corrected"
-        " together (Holm). Differences of single cells in tables and heat map are not corrected:"
-        " they are for looking, not for deciding."
+        f" and tokens move together. {100 * design.confidence:g} % intervals are BCa intervals of"
+        f" {design.bootstrap_draws} bootstrap draws over prompts, widened for few prompts as"
+        " Student's t is, and below ten prompts Student's. Comparisons that decide a primary claim"
+        " are corrected together after Holm (timings apart), those that decide another after"
+        " Benjamini and Hochberg. Differences of single cells in tables and heat map are not"
+        " corrected: they are for looking, not for deciding."
     )
 
 

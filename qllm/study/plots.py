@@ -92,7 +92,7 @@ PICTURES = {
     ),
     "cost": Picture(
         "Memory and speed",
-        {"speed": ("batch", "p10", "p90", "percent_of_read"), "memory": ("weights",)},
+        {"speed": ("batch", "p10", "p90", "bytes_per_token", "percent_of_read")},
         plot_cost,
         captions.cost,
     ),

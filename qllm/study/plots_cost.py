@@ -23,13 +23,12 @@ READING: Any = {"color": SOFT, "linewidth": 1.2, "linestyle": (0, (5, 2))}
 
 
 def decoding(study: Study, model: str, batch: int) -> Iterator[tuple[str, float, Any]]:
-    """(arm, bytes of its weights, row of `speed`) for the decoding of a batch."""
-    speed, memory = study.tables["speed"], study.tables["memory"]
+    """(arm, bytes that it reads for a step, row of `speed`) for the decoding of a batch."""
+    speed = study.tables["speed"]
     for arm in study.design.arms:
         row = one(speed, model=model, arm=arm.name, phase="decode", batch=batch)
-        held = one(memory, model=model, arm=arm.name)
-        if row is not None and held is not None:
-            yield arm.name, float(held["weights"]), row
+        if row is not None:
+            yield arm.name, float(row["bytes_per_token"]), row
 
 
 def bandwidth(study: Study, model: str) -> float:
@@ -44,7 +43,7 @@ def bandwidth(study: Study, model: str) -> float:
 
 @styled
 def plot_cost(study: Study, narrow: bool = False) -> Figure:
-    """Tokens per second of decoding against the bytes of the weights, both axes logarithmic. The
+    """Tokens per second of decoding against the bytes read for a token, both axes logarithmic. The
     line is what the machine's memory would allow if a token cost nothing but reading its weights
     once; bars go from the 10th to the 90th percentile of the timings."""
     design, known = study.design, looks(study.design)
@@ -53,7 +52,7 @@ def plot_cost(study: Study, narrow: bool = False) -> Figure:
         ["tokens/s, decoding"],
         [*map(label, design.models)],
         narrow=narrow,
-        x="bytes of the weights, MB",
+        x="MB read for a token",
         height=2.7,
         names=["100,000"],
         share_x="column",

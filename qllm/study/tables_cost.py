@@ -164,5 +164,6 @@ def speed_rows(
                     "low": ratio.low,
                     "high": ratio.high,
                     "rounds": len(values),
+                    "bytes_per_token": cell["bytes_per_token"][arm],
                     "percent_of_read": share if phase == "decode" else math.nan,
                 }

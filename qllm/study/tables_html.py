@@ -91,7 +91,7 @@ def _weights(study: Study) -> str:
         ["model", "arm", "layers", "weights", "bytes", "bits/weight", "SQNR, dB"],
         [
             [label(row["model"]), row["arm"], *(_plain(row[name]) for name in columns)]
-            for _, row in study.tables["weights"].iterrows()
+            for row in study.tables["weights"].to_dict("records")
         ],
     )
 
@@ -115,7 +115,7 @@ def _memory(study: Study) -> str:
         ["model", "arm", *parts.values()],
         [
             [label(row["model"]), row["arm"], *(_plain(row[name]) for name in parts)]
-            for _, row in study.tables["memory"].iterrows()
+            for row in study.tables["memory"].to_dict("records")
         ],
     )
 
@@ -135,7 +135,7 @@ def _speed(study: Study) -> str:
             float(row["tokens_per_second"]),
             Value(_ratio(row), float(row["ratio"])),
         ]
-        for _, row in speed.iterrows()
+        for row in speed.to_dict("records")
     ]
     return html_table(
         f"Speed on {machine(study)}; median ratio to {study.design.reference.name} in the same"
@@ -176,7 +176,7 @@ def _endpoints(study: Study) -> str:
             *(float(row[name]) for name in more),
             row["verdict"],
         ]
-        for _, row in tested.iterrows()
+        for row in tested.to_dict("records")
     ]
     head = ["claim", "model", "comparison", "endpoint", "estimate", "margin", *more.values()]
     table = html_table("Every endpoint behind the verdicts", [*head, "verdict"], lines)
@@ -201,7 +201,7 @@ def _long(frame: DataFrame, title: str) -> str:
             *(label(row[name]) if name == "model" else _plain(row[name]) for name in keys),
             value(row),
         ]
-        for _, row in shown.iterrows()
+        for row in shown.to_dict("records")
     ]
     cut = "" if len(shown) == len(frame) else f" (the first {MOST_ROWS} of {len(frame)} rows)"
     heads = [name.replace("_", " ") for name in keys]
