@@ -41,8 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gguf_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as GGUF, its weights in float32."""
+    """The same model as GGUF, its weights in float32; for tests of what needs both packages."""
     pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
     return write_gguf(folder, tmp_path_factory.mktemp("gguf") / "llama.gguf")
 
 
@@ -124,7 +125,6 @@ def test_logits_of_transformers(folder: Path) -> None:
 
 
 def test_logits_of_gguf(folder: Path, gguf_file: Path) -> None:
-    pytest.importorskip("llama_cpp")
     arm = gguf_arm(gguf_file)
     model = load(arm, str(folder), design_of(folder, arm))
     found = model.logits(IDS)
@@ -135,10 +135,15 @@ def test_logits_of_gguf(folder: Path, gguf_file: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["transformers", "gguf"])
-def test_texts_that_begin_alike(folder: Path, gguf_file: Path, source: str) -> None:
+def test_texts_that_begin_alike(
+    folder: Path, source: str, request: pytest.FixtureRequest
+) -> None:
     """Whatever was read before, the logits are those of the text."""
-    pytest.importorskip("llama_cpp" if source == "gguf" else "transformers")
-    arm = gguf_arm(gguf_file) if source == "gguf" else transformers_arm()
+    if source == "gguf":
+        arm = gguf_arm(request.getfixturevalue("gguf_file"))
+    else:
+        pytest.importorskip("transformers")
+        arm = transformers_arm()
     model = load(arm, str(folder), design_of(folder, arm))
     texts = [IDS[:5], IDS[:9], IDS[:9], IDS[:7], [*IDS[:7], 9, 9], [4, *IDS], IDS, IDS[:1]]
     for text in texts:
@@ -195,7 +200,6 @@ def test_a_position_is_read_once(stubborn: bool) -> None:
 
 
 def test_another_vocabulary_is_refused(folder: Path, gguf_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
     arm = gguf_arm(write_gguf(folder, tmp_path / "swapped.gguf", swapped=(70, 71)))
     with pytest.raises(QllmValueError, match="has another vocabulary: token 70 is 'D' there and"):
         load(arm, str(folder), design_of(folder, arm))
@@ -204,6 +208,7 @@ def test_another_vocabulary_is_refused(folder: Path, gguf_file: Path, tmp_path: 
 
 
 def test_padding_is_cut_and_said(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
     arm = gguf_arm(write_gguf(folder, tmp_path / "padded.gguf", padding=64))
     with pytest.warns(UserWarning, match="has 384 logits and .* has 320 tokens: the logits beyond"):
@@ -247,7 +252,6 @@ def test_options_of_transformers(folder: Path, options: dict[str, Any], words: s
 
 
 def test_options_of_gguf(folder: Path, gguf_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
     design = design_of(folder, gguf_arm(gguf_file))
     load(gguf_arm(gguf_file, options={"n_threads": 1, "n_gpu_layers": 0}), str(folder), design)
     with pytest.raises(QllmValueError, match="llama.cpp has no option 'speed'; there are"):
@@ -296,30 +300,29 @@ class Plain:
         return self.model.logits(ids)
 
 
-def sources(folder: Path, file: Path) -> tuple[list[Arm], dict[str, Any]]:
-    """The arms that the packages at hand allow, and the objects of the live ones."""
-    arms = [Arm("live", "bf16", role="null", source="live")]
-    if importlib.util.find_spec("transformers") is not None:
-        arms.append(transformers_arm())
-    if importlib.util.find_spec("llama_cpp") is not None:
-        arms.append(gguf_arm(file))
-    return arms, {"live": Plain(folder)}
+def found(*packages: str) -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in packages)
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_same_weights_elsewhere_are_a_null_arm(
-    folder: Path, gguf_file: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """One study with ours, transformers, GGUF and an object: all of the same weights but nf4."""
-    arms, live = sources(folder, gguf_file)
+    """One study with ours, transformers, GGUF and an object, as far as the packages are there: all
+    of the same weights but nf4."""
+    arms, live = [Arm("live", "bf16", role="null", source="live")], {"live": Plain(folder)}
+    if found("torch", "transformers"):
+        arms.append(transformers_arm())
+    if found("gguf", "llama_cpp"):
+        arms.append(gguf_arm(request.getfixturevalue("gguf_file")))
     design = design_of(folder, "nf4", *arms, lengths=(4, 8))
     study = run(design, out=tmp_path / "out", live=live)
     texts = study.tables["texts"]
     for arm in arms:
-        found = texts[texts["arm"] == arm.name]
-        assert len(found)
+        rows = texts[texts["arm"] == arm.name]
+        assert len(rows)
         for measure, bound in NULL.items():
-            worst = found[measure].abs().max()
+            worst = rows[measure].abs().max()
             assert worst <= (0 if arm.name == "live" else bound), (arm.name, measure, worst)
         quantized = texts[texts["arm"] == "nf4"]
         assert quantized["tv"].min() > 100 * NULL["tv"]

@@ -44,7 +44,9 @@ class GgufLogits(PrefixReader):
     ) -> None:
         super().__init__()
         self.name = f"GGUF {path}"
-        self._model = self._context = self._batch = None
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
         llama_cpp.llama_log_set(_SILENT, None)
         model_options = llama_cpp.llama_model_default_params()
         self._options = llama_cpp.llama_context_default_params()
