@@ -221,6 +221,9 @@ def _study(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR",
                         help="the folder for the results, needed unless --dry-run; a study that was"
                         " interrupted there goes on")
+    parser.add_argument("--lockstep", action="store_true",
+                        help="read texts layer by layer, for models that do not fit into memory:"
+                        " nothing is generated or timed")
     parser.add_argument("--dry-run", action="store_true",
                         help="print cells, tokens, time and memory, and compute nothing")
     parser.add_argument("--workers", type=whole(1), metavar="N",

@@ -28,6 +28,8 @@ def study(arguments: argparse.Namespace) -> None:
     design = studies.resolve(arguments.profile, named or None)
     if arguments.threads is not None:
         design = dataclasses.replace(design, threads=arguments.threads)
+    if arguments.lockstep:
+        design = dataclasses.replace(design, lockstep=True, speed=None)
     if arguments.dry_run:
         print(studies.plan(design, workers=arguments.workers or 1))
         return

@@ -22,6 +22,8 @@ def check(design: Design) -> None:
     _check_grid(design)
     _check_texts(design)
     _check_rest(design)
+    if design.lockstep:
+        _check_lockstep(design)
 
 
 def names_of(arms: Iterable[Arm]) -> str:
@@ -157,6 +159,24 @@ def _check_grid(design: Design) -> None:
         raise QllmValueError(
             f"the band {list(inside)} must lie inside its surroundings {list(around)}"
         )
+
+
+def _check_lockstep(design: Design) -> None:
+    """Layer by layer, texts are read and nothing else is done."""
+    if design.speed is not None:
+        raise QllmValueError(
+            "in lockstep no model is held whole, so speed cannot be measured: speed must be off"
+        )
+    if not design.texts:
+        raise QllmValueError(
+            "texts is empty, and in lockstep they are all that is read, since nothing is generated"
+        )
+    for arm in design.arms:
+        if arm.source != "qllm":
+            raise QllmValueError(
+                f"arm {quoted(arm.name)} comes from {arm.source}, which cannot be read layer by"
+                " layer, as lockstep does"
+            )
 
 
 def _check_texts(design: Design) -> None:

@@ -67,4 +67,7 @@ The endpoints, the interval of which decides:
 SPEED_CLAIMS = ("C1a", "C5", "C6")
 """Claims that are tested by timing."""
 
+TEXT_CLAIMS = ("C1c", "C2", "C3", "C4", "C7", "C8", "C9")
+"""Claims that are tested on generated texts, alone or beside logits."""
+
 VERDICTS = ("confirmed", "refuted", "inconclusive", "not testable")

@@ -184,6 +184,8 @@ def cell_plan(design: Design, size: ModelSize, name: str) -> CellPlan:
     if name == SPEED:
         return _speed_plan(design, size)
     arm = design.arm(name)
+    if design.lockstep:
+        return _lockstep_plan(design, size, arm)
     length = design.max_new_tokens
     rows = grid_rows(design)
     prompt_tokens = sum(size.prompts.values())
@@ -220,6 +222,25 @@ def _speed_plan(design: Design, size: ModelSize) -> CellPlan:
         times * speed.decode_tokens,
         need,
     )
+
+
+def _lockstep_plan(design: Design, size: ModelSize, arm: Arm) -> CellPlan:
+    """Texts are read by both, of which a layer, or what stands before or behind the layers, is held
+    at a time, beside the hidden states of all texts."""
+    both = arm.role != "reference"
+    sides = [design.reference, arm] if both else [arm]
+    width = size.embedding // size.vocab
+    ends = _matrix_bytes((size.vocab, width), size.stored, 64)
+    heads = sum(_weights(design, replace(size, linears=()), side) for side in sides)
+    layers = max(_weights(design, size, side) for side in sides) // size.layers
+    tokens, longest = sum(size.texts.values()), max(size.texts.values())
+    need = Need(
+        weights=max(ends, heads, layers),
+        fixed=_kv_bytes(replace(size, kv_values=size.kv_values // size.layers), longest)
+        + (2 * 4 * width * tokens if both else 0),
+        logits=3 * 4 * size.vocab * longest if both else 0,
+    )
+    return CellPlan(size.name, arm.name, 0, 2 * tokens if both else 0, 0, need)
 
 
 def _weights(design: Design, size: ModelSize, arm: Arm) -> int:

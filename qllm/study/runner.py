@@ -449,7 +449,12 @@ def _named(error: BaseException, task: Task) -> BaseException:
 
 def _timed_compute(task: Task, need: Need) -> tuple[dict[str, Any], float]:
     start = time.monotonic()
-    body = compute(fitted(task, need))
+    if task.design.lockstep:
+        from .lockstep import compute_lockstep
+
+        body = compute_lockstep(fitted(task, need))
+    else:
+        body = compute(fitted(task, need))
     return body, time.monotonic() - start
 
 

@@ -62,6 +62,12 @@ _EMPTY = {
     "layers": ("model", "arm", "module", "format", "shape", "bytes", "bits_per_weight", "rmse",
                "sqnr_db"),
     "texts": ("model", "arm", "source", "text", "kind", "seed", "tokens", "temperature"),
+    "samples": ("model", "arm", "temperature", "prompt", "kind", "seed", "tokens", "eos", "equal",
+                "first_divergence", "nll_reference", "rep_1", "rep_2", "rep_3", "rep_4",
+                "diversity", "loop", "loop_start", "repeated_sentences", "zlib_ratio", "ids",
+                "text"),
+    "survival": ("model", "arm", "temperature", "position", "at_risk", "estimate", "low", "high",
+                 "hazard", "expected_hazard", "clusters"),
 }  # fmt: skip
 """Columns of tables that may have no row."""
 

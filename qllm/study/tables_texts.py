@@ -109,9 +109,9 @@ def sample_rows(design: Design, cells: Cells) -> Iterator[dict[str, Any]]:
 def text_curves(design: Design, cells: Cells, samples: Rows) -> TextCurves:
     """Measures of the texts of every model and arm by prompt and temperature; NaN where no text of
     a prompt has the measure."""
-    by_arm: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    by_arm: dict[tuple[str, str], list[Mapping[str, Any]]] = {key: [] for key in _keys(design)}
     for sample in samples:
-        by_arm.setdefault((sample["model"], sample["arm"]), []).append(sample)
+        by_arm[sample["model"], sample["arm"]].append(sample)
     curves = {}
     for key, found in by_arm.items():
         single = {name: _grid(design, found, name) for name in GENERATION[:-3]}
@@ -123,6 +123,10 @@ def text_curves(design: Design, cells: Cells, samples: Rows) -> TextCurves:
             "edit_distance": _of_seeds(design, texts, spread),
         }
     return curves
+
+
+def _keys(design: Design) -> list[tuple[str, str]]:
+    return [(model, arm.name) for model in design.models for arm in design.arms]
 
 
 def _grid(design: Design, found: Rows, measure: str) -> Floats:
@@ -315,6 +319,8 @@ def survival_rows(
     """The table `survival`: after so many tokens, the share of texts that still equal the
     reference's (Kaplan-Meier: a text that ended equal is no longer at risk). Greedy texts are the
     same for all seeds and count once."""
+    if design.lockstep:  # nothing was generated
+        return
     grouped: dict[tuple[str, str, float], dict[str, list[Mapping[str, Any]]]] = {}
     for sample in samples:
         if sample["temperature"] > 0 or sample["seed"] == design.seeds[0]:
