@@ -76,8 +76,8 @@ def control_sentence(study: Study) -> tuple[bool, str]:
         if not row["passed"]
     ]
     verdict = (
-        f"NOT clearly beyond what counts as equal in {listed(missed)}: a difference of that size"
-        " may go unseen here"
+        f"seen in {len(checks) - len(missed)} of {len(checks)} checks, but NOT clearly beyond what"
+        f" counts as equal in {listed(missed)}: there, damage of that size may go unseen"
         if missed
         else "clearly beyond what counts as equal in every check: damage of that size is seen"
     )
