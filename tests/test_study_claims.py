@@ -171,7 +171,7 @@ def test_speed_claims(slow, c5, c6):
 
     verdicts, tables = study(Planted(speed=speed))
     assert (verdicts["C5"]["verdict"], verdicts["C6"]["verdict"]) == (c5, c6)
-    where = "on a processor, avx2, 1 thread with the kernels int8 fast, plain, bf16 fast."
+    where = "on a processor, avx2, 1 thread with the kernels int8 fast; plain; bf16 fast."
     assert where in verdicts["C5"]["reason"]
     assert verdicts["C5"]["estimate"] == pytest.approx(slow["int8"] / 100, rel=0.02)
     decides = tables["speed_claims"].query("claim == 'C5'").set_index("endpoint")["decides"]

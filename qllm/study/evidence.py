@@ -208,7 +208,7 @@ def _where(e: Evidence, arms: Sequence[Arm]) -> str:
         place.append(str(found["isa"]))
     threads = found.get("threads")
     place.append(f"{threads} thread" + ("" if threads == 1 else "s"))
-    kernel = f" with the kernels {', '.join(dict.fromkeys(names))}" if names else ""
+    kernel = f" with the kernels {'; '.join(dict.fromkeys(names))}" if names else ""
     return f"on {', '.join(place)}{kernel}"
 
 
