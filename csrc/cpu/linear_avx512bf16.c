@@ -2,7 +2,7 @@
  * that of the set below.
  *
  *   stream:  up to 4 rows of x, one tile after the other: bound by memory
- *   block:   more rows; BLOCK_GROUPS groups of 4 tiles stay in the cache while all rows use them */
+ *   block:   more rows; BLOCK_GROUPS groups of 2 tiles stay in the cache while all rows use them */
 #define LANES_ISA "avx512bf16"
 #include "cpu/lanes_avx512.h"
 
@@ -14,9 +14,11 @@
 
 enum {
     STREAM_ROWS = 4,
-    BLOCK_ROWS = 6,    /* register block: 24 sums, 4 weights and one pair of x */
-    BLOCK_TILES = 4,
-    BLOCK_GROUPS = 16,
+    BLOCK_ROWS = 6,    /* register block: 12 sums, 12 outputs, 2 weights and one pair of x */
+    BLOCK_TILES = 2,
+    BLOCK_GROUPS = 32,
+    PASS_ROWS = 512,   /* rows of x of which so many columns fit into the second-level cache; of
+                          fewer rows more columns do */
     GROUP_LINES = QLLM_GROUP / 2 /* lines of two columns */
 };
 
@@ -111,80 +113,120 @@ QLLM_INLINE void stream_tile(const int rows, const qllm_packed *packed, const fl
     }
 }
 
-/* Where one call of the register block writes. */
-typedef struct block_out {
-    float *y;
-    int64_t stride;
-    int64_t width[BLOCK_TILES];
-    const float *bias; /* with the last group of a row; else NULL */
-} block_out;
+/* What all calls of the register block for some tiles and columns share. */
+typedef struct block_job {
+    const uint8_t *w;    /* the first tile, from the first group on */
+    int64_t tile_bytes;
+    const uint8_t *q;    /* of row 0, from the first group on */
+    int64_t q_stride;
+    int64_t groups;      /* so many, of which the last has `lines` lines */
+    int64_t lines;
+    float *y;            /* of row 0, from the first tile on */
+    int64_t y_stride;
+    int64_t width[BLOCK_TILES]; /* outputs of each tile, 16 but for the last of a matrix */
+    bool fresh;          /* the first columns: y starts at 0 */
+    const float *bias;   /* for these tiles, with the last columns; else NULL */
+} block_job;
 
-/* y += group g for `rows` rows of x and `tiles` tiles; the first group starts at 0. */
-QLLM_INLINE void block_group(const int rows, const int tiles, const qllm_packed *packed,
-                             const uint8_t *base, int64_t g, const uint8_t *q, int64_t q_stride,
-                             const block_out *out)
+/* y += the columns of the job, for `rows` rows of x and `tiles` tiles; y stays in registers.  The
+ * job is copied: what is reached through a pointer is loaded again after each store of a vector. */
+QLLM_INLINE void block_rows(const int rows, const int tiles, const block_job *shared, int64_t row)
 {
-    lanes p[BLOCK_ROWS][BLOCK_TILES];
-    int64_t lines = lines_of(packed, g);
-    base += g * GROUP_LINES * QLLM_LINE;
+    const block_job job = *shared;
+    const uint8_t *w = job.w, *q = job.q + row * job.q_stride;
+    float *out = job.y + row * job.y_stride;
+    lanes y[BLOCK_ROWS][BLOCK_TILES];
     LANES_UNROLL
     for (int r = 0; r < rows; r++)
         LANES_UNROLL
         for (int t = 0; t < tiles; t++)
-            p[r][t] = lanes_zero();
-    for (int64_t line = 0; line < lines; line++) {
-        ilanes w[BLOCK_TILES];
+            y[r][t] = lanes_zero();
+    if (!job.fresh) {
         LANES_UNROLL
-        for (int t = 0; t < tiles; t++)
-            w[t] = ilanes_load(base + t * packed->tile_bytes + line * QLLM_LINE);
-        LANES_UNROLL
-        for (int r = 0; r < rows; r++) {
-            ilanes x = pair_at((const uint16_t *)(q + r * q_stride) + g * QLLM_GROUP + 2 * line);
+        for (int r = 0; r < rows; r++)
             LANES_UNROLL
             for (int t = 0; t < tiles; t++)
-                p[r][t] = dot_pair(p[r][t], w[t], x);
+                y[r][t] = lanes_load_n(out + r * job.y_stride + 16 * t, job.width[t]);
+    }
+    for (int64_t g = 0; g < job.groups; g++) {
+        lanes p[BLOCK_ROWS][BLOCK_TILES];
+        int64_t lines = g + 1 < job.groups ? GROUP_LINES : job.lines;
+        LANES_UNROLL
+        for (int r = 0; r < rows; r++)
+            LANES_UNROLL
+            for (int t = 0; t < tiles; t++)
+                p[r][t] = lanes_zero();
+        for (int64_t line = 0; line < lines; line++) {
+            ilanes pairs[BLOCK_TILES];
+            LANES_UNROLL
+            for (int t = 0; t < tiles; t++)
+                pairs[t] = ilanes_load(w + t * job.tile_bytes);
+            LANES_UNROLL
+            for (int r = 0; r < rows; r++) {
+                ilanes x = pair_at((const uint16_t *)(q + r * job.q_stride));
+                LANES_UNROLL
+                for (int t = 0; t < tiles; t++)
+                    p[r][t] = dot_pair(p[r][t], pairs[t], x);
+            }
+            w += QLLM_LINE;
+            q += sizeof(int32_t);
         }
+        LANES_UNROLL
+        for (int r = 0; r < rows; r++)
+            LANES_UNROLL
+            for (int t = 0; t < tiles; t++)
+                y[r][t] = lanes_add(y[r][t], p[r][t]);
     }
     LANES_UNROLL
     for (int r = 0; r < rows; r++)
         LANES_UNROLL
         for (int t = 0; t < tiles; t++) {
-            float *y = out->y + r * out->stride + 16 * t;
-            lanes sum = g > 0 ? lanes_load_n(y, out->width[t]) : lanes_zero();
-            sum = lanes_add(sum, p[r][t]);
-            if (out->bias != NULL)
-                sum = lanes_add(sum, lanes_load_n(out->bias + 16 * t, out->width[t]));
-            lanes_store_n(y, sum, out->width[t]);
+            if (job.bias != NULL)
+                y[r][t] = lanes_add(y[r][t], lanes_load_n(job.bias + 16 * t, job.width[t]));
+            lanes_store_n(out + r * job.y_stride + 16 * t, y[r][t], job.width[t]);
         }
 }
 
-QLLM_INLINE void block_rows(const int rows, const int tiles, const qllm_packed *packed,
-                            const float *bias, const qllm_rows *in, int64_t tile, int64_t row,
-                            int64_t first, int64_t last, float *y, int64_t y_stride)
+/* Rows [row, end) of x by `tiles` tiles, the groups [first, last). */
+QLLM_INLINE void block_tiles(const int tiles, const qllm_packed *packed, const float *bias,
+                             const qllm_rows *in, int64_t tile, int64_t row, int64_t end,
+                             int64_t first, int64_t last, float *y, int64_t y_stride)
 {
-    const uint8_t *q = (const uint8_t *)in->q + row * in->q_stride;
-    int64_t groups = (packed->cols + QLLM_GROUP - 1) / QLLM_GROUP;
-    block_out out = {.y = y + row * y_stride + tile * QLLM_TILE_ROWS, .stride = y_stride};
+    int64_t groups = (packed->cols + QLLM_GROUP - 1) / QLLM_GROUP, o = tile * QLLM_TILE_ROWS;
+    block_job job = {.w = qllm_packed_tile(packed, tile) + first * GROUP_LINES * QLLM_LINE,
+                     .tile_bytes = packed->tile_bytes,
+                     .q = (const uint8_t *)in->q + first * QLLM_GROUP * (int64_t)sizeof(uint16_t),
+                     .q_stride = in->q_stride, .groups = last - first,
+                     .lines = lines_of(packed, last - 1), .y = y + o, .y_stride = y_stride,
+                     .fresh = first == 0,
+                     .bias = bias != NULL && last == groups ? bias + o : NULL};
     for (int t = 0; t < tiles; t++)
-        out.width[t] = outputs_of(packed, tile + t);
-    for (int64_t g = first; g < last; g++) {
-        out.bias = bias != NULL && g + 1 == groups ? bias + tile * QLLM_TILE_ROWS : NULL;
-        block_group(rows, tiles, packed, qllm_packed_tile(packed, tile), g, q, in->q_stride, &out);
-    }
+        job.width[t] = outputs_of(packed, tile + t);
+    for (; row + BLOCK_ROWS <= end; row += BLOCK_ROWS)
+        block_rows(BLOCK_ROWS, tiles, &job, row);
+    for (; row + 2 <= end; row += 2)
+        block_rows(2, tiles, &job, row);
+    for (; row < end; row++)
+        block_rows(1, tiles, &job, row);
 }
 
-QLLM_INLINE void block_tiles(const int tiles, const qllm_packed *packed, const float *bias,
-                             const qllm_rows *in, int64_t tile, float *y, int64_t y_stride)
+/* All tiles use some columns of x while these are in the second-level cache. */
+static void block(const qllm_packed *packed, const float *bias, const qllm_rows *in, int64_t begin,
+                  int64_t end, float *y, int64_t y_stride)
 {
     int64_t groups = (packed->cols + QLLM_GROUP - 1) / QLLM_GROUP;
-    for (int64_t first = 0; first < groups; first += BLOCK_GROUPS) {
-        int64_t last = first + BLOCK_GROUPS < groups ? first + BLOCK_GROUPS : groups, row = 0;
-        for (; row + BLOCK_ROWS <= in->m; row += BLOCK_ROWS)
-            block_rows(BLOCK_ROWS, tiles, packed, bias, in, tile, row, first, last, y, y_stride);
-        for (; row + 2 <= in->m; row += 2)
-            block_rows(2, tiles, packed, bias, in, tile, row, first, last, y, y_stride);
-        for (; row < in->m; row++)
-            block_rows(1, tiles, packed, bias, in, tile, row, first, last, y, y_stride);
+    for (int64_t row = 0, stop; row < in->m; row = stop) {
+        stop = row + PASS_ROWS < in->m ? row + PASS_ROWS : in->m;
+        int64_t most = BLOCK_GROUPS * PASS_ROWS / (stop - row);
+        for (int64_t first = 0, last; first < groups; first = last) {
+            int64_t tile = begin;
+            last = first + most < groups ? first + most : groups;
+            for (; tile + BLOCK_TILES <= end; tile += BLOCK_TILES)
+                block_tiles(BLOCK_TILES, packed, bias, in, tile, row, stop, first, last, y,
+                            y_stride);
+            for (; tile < end; tile++)
+                block_tiles(1, packed, bias, in, tile, row, stop, first, last, y, y_stride);
+        }
     }
 }
 
@@ -206,10 +248,8 @@ static void linear_bf16_pairs(const qllm_packed *packed, const float *bias, cons
     int64_t tile = begin;
     for (; in->m <= STREAM_ROWS && tile < end; tile++)
         stream(packed, bias, in, tile, y, y_stride);
-    for (; tile + BLOCK_TILES <= end; tile += BLOCK_TILES)
-        block_tiles(BLOCK_TILES, packed, bias, in, tile, y, y_stride);
-    for (; tile < end; tile++)
-        block_tiles(1, packed, bias, in, tile, y, y_stride);
+    if (tile < end)
+        block(packed, bias, in, tile, end, y, y_stride);
 }
 
 void qllm_linear_avx512bf16(const qllm_packed *weight, const float *bias, const qllm_rows *rows,
