@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,47 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     assert process.stderr is not None
-    while "1/" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(0.3)  # the other two cells have begun
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
-    printed, err = process.communicate(timeout=60)
+    try:
+        while "1/" not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(0.3)  # the other two cells have begun
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
+        printed, err = process.communicate(timeout=60)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert (process.returncode, printed) == (130, ""), err
     assert err.splitlines()[-1].startswith("qllm: interrupted; what is finished lies in")
     assert "Traceback" not in err
     assert [file.name for file in (out / "cells").iterdir()] == ["0-0-demo-llama-bf16.json.gz"]
+
+
+def test_a_ctrl_c_that_falls_into_a_destructor_is_not_lost(tmp_path: Path) -> None:
+    """Python prints such a KeyboardInterrupt and goes on."""
+
+    class Loud:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    class Slow(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            if submitted:
+                return Future()  # which never ends
+            submitted.append(Loud())
+            return super().submit(fn, *args, **kwargs)
+
+    submitted: list[Loud] = []
+    hooked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", hooked.append)
+        events: list[str] = []
+
+        def listen(event: Any) -> None:
+            events.append(event.text)
+            if event.ended and submitted:
+                submitted[0] = None  # type: ignore[call-overload]
+
+        with pytest.raises(KeyboardInterrupt), Slow(1) as executor:
+            run(TINY, out=tmp_path / "out", executor=executor, progress=listen)
+    assert len(hooked) == 1 and hooked[0].exc_type is KeyboardInterrupt
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

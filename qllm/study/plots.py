@@ -101,6 +101,10 @@ PICTURES = {
 """Name -> picture, in the order of the report."""
 
 
+_OF_TEXTS = ("survival", "hazard", "generation", "differences", "frontier")
+"""Pictures of generated texts."""
+
+
 def absent(study: Study, name: str) -> str | None:
     """Why the study has not this picture, in a clause; None when it can be drawn."""
     if not ordinary(study.design):
@@ -109,6 +113,8 @@ def absent(study: Study, name: str) -> str | None:
         return None if study.play else "the design asks for no prompts to play with"
     if (why := missing(study, PICTURES[name].needs)) is not None:
         return why
+    if name in _OF_TEXTS and study.design.lockstep:
+        return "texts were read layer by layer, and none was generated"
     if name == "frontier" and not (study.tables["generation"]["measure"] == "edit_distance").any():
         return "edit distances need two seeds at least"
     if name == "hazard" and study.tables["survival"]["expected_hazard"].isna().all():

@@ -14,9 +14,12 @@ import json
 import os
 import platform
 import re
+import signal
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from .result import Study
+
+INTERRUPT_SECONDS = 1.0
+"""How often a run that waits for an executor looks for a Ctrl-C that was lost."""
 
 PACKAGES = ("pandas", "pyarrow", "scipy", "matplotlib", "tqdm")
 """What a study needs beside NumPy."""
@@ -420,18 +426,43 @@ def _computed(
     failure: BaseException | None = None
     waiting = set(futures)
     try:
-        while waiting and failure is None:
-            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
-                if (error := future.exception()) is not None:
-                    failure = failure or _named(error, futures[future])
-                else:
-                    yield futures[future], *future.result()
+        with _interrupts() as interrupted:
+            while waiting and failure is None and not interrupted():
+                ready, waiting = wait(waiting, INTERRUPT_SECONDS, FIRST_COMPLETED)
+                for future in ready:
+                    if (error := future.exception()) is not None:
+                        failure = failure or _named(error, futures[future])
+                    else:
+                        yield futures[future], *future.result()
+            if interrupted():
+                raise KeyboardInterrupt
     finally:
         for future in waiting:
             future.cancel()
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether there was a Ctrl-C. Python drops a KeyboardInterrupt that falls into a callback or a
+    destructor, of which Dask's futures have many; so it is remembered, too."""
+    seen = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal seen
+        seen = True
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False  # whoever handles it otherwise knows what to do
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _named(error: BaseException, task: Task) -> BaseException:
