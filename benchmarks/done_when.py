@@ -157,7 +157,7 @@ def model_targets() -> list[Target]:
 
 
 def other_targets() -> list[Target]:
-    """Loading, sampling and logit_stats."""
+    """Loading, sampling, logit_stats, and a study's grid."""
 
     def of_step(r: Results) -> list[float]:
         draws = r["sampling"]["seconds"]["sample 150000: top_k 200, top_p 0.9"]["qllm"]
@@ -189,6 +189,10 @@ def other_targets() -> list[Target]:
                "decode step of the 1.1 B shape", 1, of_step, "%", most=True),
         Target("sampling", "logit_stats, 40 temperatures, vocabulary 32,000, one core, ms", 3,
                stats, " ms", most=True),
+        Target("study", "texts of a study's grid, nf4 against a loop over transformers' generate, "
+               "demo model", 200, lambda r: r["study demo"]["ratios"]["transformers bf16"]),
+        Target("study", "the same, 1.1 B shape", 20,
+               lambda r: r["study 1.1b"]["ratios"]["transformers bf16"]),
     ]
 
 

@@ -71,11 +71,16 @@ def jobs(folder: Path) -> dict[str, dict[str, list[str]]]:
                   for group in GROUPS},
         "loading": {"loading": ["loading.py", str(folder), "--bitsandbytes"]},
         "sampling": {"sampling": ["sampling.py"]},
+        "study": {"study demo": ["study.py", "--threads", "2"],
+                  "study 1.1b": ["study.py", "--threads", "2", "--model", "1.1b", "--folder",
+                                 str(folder), "--temperatures", "0", "0.5", "0.8", "1",
+                                 "--top-k", "0", "200", "--seeds", "3", "--prompts", "4",
+                                 "--batch-size", "128", "--sample", "1", "--rounds", "3"]},
     }
 
 
-PARTS = ("decode", "prefill", "model", "loading", "sampling", "page")
-LIMITED = ("linear.py", "model.py")  # those that take --seconds
+PARTS = ("decode", "prefill", "model", "loading", "sampling", "study", "page")
+LIMITED = ("linear.py", "model.py", "study.py")  # those that take --seconds
 
 
 def run_job(name: str, command: list[str], out: Path, seconds: float,
@@ -151,6 +156,18 @@ def models_table(results: done_when.Results) -> str:
     return "\n".join(lines)
 
 
+def study_table(results: done_when.Results) -> str:
+    """All runs of study.py in Markdown."""
+    lines = ["| model | | texts/s | qllm is as many times as fast |", "|---|---|---|---|"]
+    for result in results.values():
+        for name, values in result.get("seconds_per_cell", {}).items():
+            speed = common.spread([1 / value for value in values])["median"]
+            ratio = result["ratios"].get(name)
+            times = "" if ratio is None else f"{common.spread(ratio)['median']:.0f}"
+            lines.append(f"| {result['model']} | {name} | {speed:.2f} | {times} |")
+    return "\n".join(lines)
+
+
 def page(results: done_when.Results, rows: list[dict[str, Any]], notes: str) -> str:
     """docs/performance.md."""
     known = [r["machine"] for r in results.values() if "processor" in r.get("machine", {})]
@@ -173,6 +190,8 @@ def page(results: done_when.Results, rows: list[dict[str, Any]], notes: str) -> 
                       ""]
     if any("tokens_per_second" in result for result in results.values()):
         parts += ["## Whole model, tokens per second", "", models_table(results), ""]
+    if any("seconds_per_cell" in result for result in results.values()):
+        parts += ["## A study's grid beside a loop over generate", "", study_table(results), ""]
     return "\n".join([*parts, notes.strip(), ""])
 
 
