@@ -41,13 +41,12 @@ QLLM_INLINE lanes weight_at(qllm_layout kind, const uint8_t *at, int j, lanes_ta
 
 QLLM_INLINE void prefetch_step(qllm_layout kind, const uint8_t *at)
 {
-    if (kind == QLLM_LAYOUT_BLOCKS) {
-        qllm_prefetch_codes(at);
-        return;
-    }
     LANES_UNROLL
     for (int64_t line = 0; line < step_bytes(kind); line += QLLM_LINE)
-        qllm_prefetch(at + line);
+        if (kind == QLLM_LAYOUT_BLOCKS)
+            qllm_prefetch_codes(at + line);
+        else
+            qllm_prefetch(at + line);
 }
 
 /* y[m] += the groups g .. g + chains - 1, for `rows` rows of x. */
