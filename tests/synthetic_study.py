@@ -166,10 +166,10 @@ def _claim_tables(design):
                        "p": 0.02, "p_holm": 0.04, "note": ""})
     frame = pd.DataFrame(claims)
     checks = pd.DataFrame(
-        [{"model": model, "arm": "null-batch", "check": "null", "measure": measure,
+        [{"model": model, "arm": "null-batch", "check": "null arm", "measure": measure,
           "largest_difference": 0.0, "exactly_zero": True, "passed": True}
          for model in design.models for measure in ("kl", "tv")]
-        + [{"model": model, "arm": "control", "check": "control", "measure": "ln_ppl_ratio",
+        + [{"model": model, "arm": "control", "check": "positive control", "measure": "ln_ppl_ratio",
             "largest_difference": 0.5, "exactly_zero": False, "passed": True}
            for model in design.models])
     words = pd.DataFrame(verdicts)

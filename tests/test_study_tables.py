@@ -266,7 +266,7 @@ def test_memory_and_weights(found):
 def test_checks_hold_the_null_arm_and_the_control(found):
     _, tables = found
     checks = tables["checks"]
-    null, control = at(checks, check="null"), at(checks, check="control")
+    null, control = at(checks, check="null arm"), at(checks, check="positive control")
     assert len(null) == 14 and (null["largest_difference"] == 0).all() and null["passed"].all()
     assert set(control["measure"]) == {"ln_ppl_ratio", "disagreement"} and control["passed"].all()
     assert (control["low"] > control["margin"]).all()

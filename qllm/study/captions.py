@@ -24,7 +24,7 @@ CACHED_BYTES = 100_000_000
 def null_sentence(study: Study) -> tuple[bool, str]:
     """Whether the null arms differ in nothing, and a sentence that says so."""
     design = study.design
-    checks = rows(study.tables["checks"], check="null")
+    checks = rows(study.tables["checks"], check="null arm")
     nulls = [arm for arm in design.arms if arm.role == "null"]
     if not nulls:
         return False, "This study has no null arm, so nothing shows how large its own noise is."
@@ -56,7 +56,7 @@ def null_sentence(study: Study) -> tuple[bool, str]:
 def control_sentence(study: Study) -> tuple[bool, str]:
     """Whether the positive control passed its checks, and a sentence that says so."""
     controls = [arm.name for arm in study.design.arms if arm.role == "control"]
-    checks = rows(study.tables["checks"], check="control")
+    checks = rows(study.tables["checks"], check="positive control")
     if not controls:
         return False, (
             "This study has no positive control, so nothing shows that it could have seen a"

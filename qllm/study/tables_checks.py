@@ -44,7 +44,7 @@ def check_rows(
                 texts = cells[model, arm.name]["texts"]
                 largest = {**_null_logits(texts), **_null_texts(design, samples, model, arm.name)}
                 for name, value in largest.items():
-                    yield _row(model, arm.name, "null", name, value)
+                    yield _row(model, arm.name, "null arm", name, value)
             elif arm.role == "control":
                 yield from _control(design, cells, model, arm.name, intervals)
 
@@ -59,7 +59,7 @@ def _row(
     margin: float = 0.0,
     clusters: int = 0,
 ) -> dict[str, Any]:
-    passed = largest == 0 if check == "null" else found[1] > margin
+    passed = largest == 0 if check == "null arm" else found[1] > margin
     values = (*found, margin, clusters, bool(passed))
     return dict(zip(CHECKS, (model, arm, check, measure, largest, largest == 0, *values)))
 
@@ -108,4 +108,4 @@ def _control(
             found = intervals.finding(means)
             at = (found.estimate, found.low, found.high)
             largest = float(np.abs(values).max())
-            yield _row(model, arm, "control", name, largest, at, margin, found.clusters)
+            yield _row(model, arm, "positive control", name, largest, at, margin, found.clusters)

@@ -124,7 +124,7 @@ def adjust(
 
 def _sustained(row: Comparison, adjusted: Mapping[str, float], alpha: float) -> Comparison:
     if row.verdict == "confirmed" and any(not p <= alpha for p in adjusted.values()):
-        why = "but not after the correction for the number of comparisons"
+        why = row.clauses["confirmed"] + ", but not after the correction for many comparisons"
         return replace(row, verdict="inconclusive", clauses={**row.clauses, "inconclusive": why})
     return row
 
