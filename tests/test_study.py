@@ -337,7 +337,7 @@ def test_cells_may_come_in_any_order(tmp_path, tiny, no_pictures, monkeypatch):
 
     executor = Shuffled()
 
-    def wait(futures, return_when):
+    def wait(futures, timeout, return_when):
         executor.work()
         return set(futures), set()
 
