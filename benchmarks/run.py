@@ -122,8 +122,13 @@ def collect(names: list[str], folder: Path) -> done_when.Results:
 
 
 def brief(result: dict[str, Any]) -> dict[str, Any]:
-    """What docs/performance.json keeps of a run: no single times."""
-    kept = {key: value for key, value in result.items() if key != "seconds"}
+    """What docs/performance.json keeps of a run: no single times, no folder of one machine."""
+    kept = {key: value for key, value in result.items() if key not in ("seconds", "folder")}
+    if "options" in kept:
+        kept["options"] = {key: v for key, v in kept["options"].items() if key != "folder"}
+    if "seconds_per_cell" in kept:
+        kept["seconds_per_cell"] = {name: common.spread(values)
+                                    for name, values in kept["seconds_per_cell"].items()}
     if "tokens_per_second" in kept:
         kept["tokens_per_second"] = {
             name: {workload: common.spread(values) for workload, values in entry.items()}
