@@ -7,6 +7,7 @@ of a ratio within the round. Seconds are kept too, all of them, in the JSON.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -115,3 +116,12 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], dict[str, Any]],
+         show: Callable[[dict[str, Any]], None]) -> None:
+    """Runs a benchmark as a program: measures by its options, prints, and writes its JSON."""
+    options = parser.parse_args()
+    result = run(options)
+    show(result)
+    write_json(options.json, result)

@@ -217,12 +217,5 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    options = parser().parse_args()
-    result = run(options)
-    show(result)
-    common.write_json(options.json, result)
-
-
 if __name__ == "__main__":
-    main()
+    common.main(parser(), run, show)

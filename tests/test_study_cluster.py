@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from small_studies import TINY
-from test_study_run import Dying, contents
+from test_study_run import Dying, contents, no_pictures, tiny  # noqa: F401 (fixtures)
 
 from qllm.errors import QllmError, QllmUnsupportedError, QllmValueError
 from qllm.study import cluster, run
@@ -23,20 +23,6 @@ from qllm.study.cells import Task
 from qllm.study.cluster import _Turns, _in_turn
 
 pytest.importorskip("distributed")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qllm.study.report.write_plots", lambda study, folder: {})
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qllm.study.report.write_plots", lambda study, folder: {})
-        run(TINY, out=folder)
-    return folder
 
 
 def test_a_lost_worker_changes_nothing(tmp_path: Path, tiny: Path) -> None:
