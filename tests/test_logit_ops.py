@@ -174,6 +174,26 @@ def test_weights_are_within_an_ulp_or_two_of_the_exponential(isa: str) -> None:
     assert entropy[2] == entropy[3] == 0.0  # below 2^-1000 a weight is 0
 
 
+def test_the_logarithm_is_within_an_ulp() -> None:
+    """Of sums that are exact, by log_z_ref of weights that are powers of two; and twice in a row in
+    the noise, whose second logarithm has arguments from 1e-10 to 22."""
+    log2e = float.fromhex("0x1.71547652b82fep+0")
+    rng = np.random.default_rng(6)
+    rows = -rng.integers(0, 30, (400, 50)).astype(F32)
+    rows[:, 0] = 0
+    totals = np.exp2(rows.astype(float)).sum(1)
+    found = _core.logit_stats(rows, rows, log2e)["log_z_ref"][:, 0]
+    exact = np.log(totals.astype(np.longdouble))
+    assert (np.abs(found - exact) < np.spacing(found)).all()
+    ones = _core.logit_stats(np.zeros((1, 1), F32), np.zeros((1, 1), F32), 1.0)
+    assert ones["log_z_ref"][0, 0] == 0
+    words = np.array([_core.philox([i, 0, 0, 0], [3, 0]) for i in range(5000)]).ravel()
+    inner = -np.log((words + np.longdouble(0.5)) / np.longdouble(2**32))
+    noise = _core.gumbel(3, 0, 0, np.arange(20_000))
+    # the ulp of the inner logarithm, passed on, and that of the outer one
+    assert (np.abs(noise + np.log(inner)) < 2.0**-52 + np.spacing(np.abs(noise))).all()
+
+
 @pytest.mark.parametrize("spacing", [1.0, 1e-6, 1e-12])
 def test_close_differences_are_sorted_exactly(spacing: float) -> None:
     """Ratios q / p that differ in the last bits of float64 only, in runs long and short."""

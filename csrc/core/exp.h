@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/both.h"
+
 /* 2^z for z <= 0, -inf included, in float64, as a fixed sequence of IEEE 754 operations, so that
  * every machine and every instruction set gives the same bits:
  *   t = z + SHIFT: the low four bits of t are k and those above are n, where n + k / 16 is the
@@ -24,19 +26,24 @@
 #define QLLM_EXP2_C4 0x1.5d897e525c216p-10
 #define QLLM_EXP2_C5 0x1.430a1d08ec681p-13
 
-/* The bits of 2^(k / 16), less k << 48. */
+/* The bits of 2^(k / 16), less k << 48; a device has a copy of its own. */
 extern const uint64_t qllm_exp2_table[16];
 
-static inline double qllm_exp2(double z)
+static inline QLLM_BOTH double qllm_exp2_by(const uint64_t table[16], double z)
 {
     double t = z + QLLM_EXP2_SHIFT, f = z - (t - QLLM_EXP2_SHIFT), f2 = f * f, s;
     double q = fma(f2, fma(QLLM_EXP2_C5, f, QLLM_EXP2_C4), fma(QLLM_EXP2_C3, f, QLLM_EXP2_C2));
     uint64_t bits;
     memcpy(&bits, &t, sizeof bits);
-    bits = qllm_exp2_table[bits & 15] + (bits << 48);
+    bits = table[bits & 15] + (bits << 48);
     memcpy(&s, &bits, sizeof s);
     double value = fma(s, f * fma(f2, q, fma(QLLM_EXP2_C1, f, QLLM_EXP2_C0)), s);
     return z >= QLLM_EXP2_LOWEST ? value : 0.0; /* below it, `value` has no meaning */
+}
+
+static inline double qllm_exp2(double z)
+{
+    return qllm_exp2_by(qllm_exp2_table, z);
 }
 
 /* 1 / temperature, but finite for every temperature > 0: below 1e-300, where it is cut, any two
@@ -51,6 +58,12 @@ static inline double qllm_inverse_temperature(double temperature)
 static inline double qllm_weight_factor(double inverse_temperature)
 {
     return inverse_temperature * 0x1.71547652b82fep+0; /* log2(e) */
+}
+
+static inline QLLM_BOTH double qllm_weight_by(const uint64_t table[16], float logit, double max,
+                                              double factor)
+{
+    return qllm_exp2_by(table, ((double)logit - max) * factor);
 }
 
 #endif

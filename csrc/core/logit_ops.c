@@ -1,8 +1,6 @@
 #include "core/logit_ops.h"
 
-#include <float.h>
-#include <math.h>
-#include <string.h>
+#include <inttypes.h>
 
 #include "core/exp.h"
 #include "core/rng.h"
@@ -15,6 +13,31 @@ double qllm_lane_sum(const double sums[QLLM_LANES])
         for (int j = 0; j < step; j++)
             s[j] += s[j + step];
     return s[0];
+}
+
+qllm_status qllm_refuse_logit(const char *name, float value, int64_t token, int64_t vocab,
+                              qllm_error *error)
+{
+    return qllm_fail(error, QLLM_VALUE, "%s: token %" PRId64 " of %" PRId64 " is %s; logits are "
+                     "finite numbers, or -inf for tokens that cannot be drawn", name, token, vocab,
+                     isnan(value) ? "NaN" : "+inf");
+}
+
+qllm_status qllm_refuse_no_logit(const char *name, int64_t vocab, qllm_error *error)
+{
+    return qllm_fail(error, QLLM_VALUE, "%s: all %" PRId64 " tokens are -inf, so that none can be "
+                     "drawn", name, vocab);
+}
+
+qllm_status qllm_check_logits(const qllm_logit_ops *ops, const char *name, const float *logits,
+                              int64_t vocab, float *tops, float *max, qllm_error *error)
+{
+    int64_t i = 0;
+    if (ops->scan(logits, vocab, tops, max))
+        return *max == -INFINITY ? qllm_refuse_no_logit(name, vocab, error) : QLLM_OK;
+    while (i < vocab - 1 && logits[i] < INFINITY)
+        i++;
+    return qllm_refuse_logit(name, logits[i], i, vocab, error);
 }
 
 static bool scan(const float *logits, int64_t n, float *tops, float *max)
@@ -37,7 +60,7 @@ static void weights(const float *logits, int64_t n, double max, double factor, d
 {
     memset(sums, 0, QLLM_LANES * sizeof *sums);
     for (int64_t i = 0; i < n; i++) {
-        double weight = qllm_exp2(((double)logits[i] - max) * factor);
+        double weight = qllm_weight_by(qllm_exp2_table, logits[i], max, factor);
         sums[i % QLLM_LANES] += weight;
         if (out != NULL)
             out[i] = weight;
@@ -89,24 +112,16 @@ static uint64_t contenders(const qllm_race *race, const float *logits, int64_t n
 
 static void pair_sums(const qllm_pair *pair, qllm_pair_sums *out)
 {
-    double above_p[QLLM_LANES], above_q[QLLM_LANES];
-    memset(out, 0, sizeof *out);
-    memcpy(above_p, pair->p_above, sizeof above_p);
-    memcpy(above_q, pair->q_above, sizeof above_q);
-    for (int64_t i = 0; i < pair->groups * QLLM_LANES; i++) {
-        int j = (int)(i % QLLM_LANES);
-        double a = (double)fmaxf(pair->ref[i], -FLT_MAX) - pair->ref_max;
-        double b = (double)fmaxf(pair->test[i], -FLT_MAX) - pair->test_max;
-        double p = pair->p[i] * pair->p_scale, q = pair->q[i] * pair->q_scale;
-        double f = above_q[j] * p - above_p[j] * q;
-        out->kl[j] = fma(p, a - b, out->kl[j]);
-        out->kl_reverse[j] = fma(q, b - a, out->kl_reverse[j]);
-        out->mean_a[j] = fma(p, a, out->mean_a[j]);
-        out->mean_b[j] = fma(q, b, out->mean_b[j]);
-        out->tv[j] += fabs(p - q);
-        out->disagreement[j] += f >= DBL_MIN ? p * (f / (q + f)) : 0;
-        above_p[j] += p;
-        above_q[j] += q;
+    for (int64_t j = 0; j < QLLM_LANES; j++) {
+        qllm_pair_lane lane = {.p_above = pair->p_above[j], .q_above = pair->q_above[j]};
+        for (int64_t i = j; i < pair->groups * QLLM_LANES; i += QLLM_LANES)
+            qllm_pair_add(pair, pair->ref[i], pair->test[i], pair->p[i], pair->q[i], &lane);
+        out->kl[j] = lane.kl;
+        out->kl_reverse[j] = lane.kl_reverse;
+        out->mean_a[j] = lane.mean_a;
+        out->mean_b[j] = lane.mean_b;
+        out->tv[j] = lane.tv;
+        out->disagreement[j] = lane.disagreement;
     }
 }
 

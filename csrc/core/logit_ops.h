@@ -8,15 +8,37 @@
 #ifndef QLLM_CORE_LOGIT_OPS_H
 #define QLLM_CORE_LOGIT_OPS_H
 
+#include <float.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
+
+#include "core/both.h"
+#include "core/status.h"
 
 enum { QLLM_TILE = 64, QLLM_LANES = 16 }; /* tokens of a tile; partial sums */
 
 /* The tiles of a row of n tokens. */
-static inline int64_t qllm_tiles(int64_t n)
+static inline QLLM_BOTH int64_t qllm_tiles(int64_t n)
 {
     return (n + QLLM_TILE - 1) / QLLM_TILE;
+}
+
+/* Orders floats as integers: key(a) < key(b) exactly when a < b; not for NaN and -0. */
+static inline QLLM_BOTH uint32_t qllm_order_key(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+static inline QLLM_BOTH float qllm_key_value(uint32_t key)
+{
+    uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 /* A draw in progress: what decides which tokens can still win. */
@@ -51,6 +73,29 @@ typedef struct qllm_pair_sums {
     double tv[QLLM_LANES], disagreement[QLLM_LANES];
 } qllm_pair_sums;
 
+/* One of the partial sums, with the masses above its next place. */
+typedef struct qllm_pair_lane {
+    double kl, kl_reverse, mean_a, mean_b, tv, disagreement, p_above, q_above;
+} qllm_pair_lane;
+
+/* Adds a place of its lane: logits and weights of the two rows. */
+static inline QLLM_BOTH void qllm_pair_add(const qllm_pair *pair, float ref, float test,
+                                           double p_weight, double q_weight, qllm_pair_lane *lane)
+{
+    double a = (double)fmaxf(ref, -FLT_MAX) - pair->ref_max;
+    double b = (double)fmaxf(test, -FLT_MAX) - pair->test_max;
+    double p = p_weight * pair->p_scale, q = q_weight * pair->q_scale;
+    double f = lane->q_above * p - lane->p_above * q;
+    lane->kl = fma(p, a - b, lane->kl);
+    lane->kl_reverse = fma(q, b - a, lane->kl_reverse);
+    lane->mean_a = fma(p, a, lane->mean_a);
+    lane->mean_b = fma(q, b, lane->mean_b);
+    lane->tv += fabs(p - q);
+    lane->disagreement += f >= DBL_MIN ? p * (f / (q + f)) : 0;
+    lane->p_above += p;
+    lane->q_above += q;
+}
+
 typedef struct qllm_logit_ops {
     const char *name;
 
@@ -82,5 +127,15 @@ typedef struct qllm_logit_ops {
 extern const qllm_logit_ops qllm_logit_ops_core;
 
 double qllm_lane_sum(const double sums[QLLM_LANES]);
+
+/* Why a row of logits is refused, with its name: for the first token that is NaN or +inf, or for
+ * one whose tokens are all -inf. */
+qllm_status qllm_refuse_logit(const char *name, float value, int64_t token, int64_t vocab,
+                              qllm_error *error);
+qllm_status qllm_refuse_no_logit(const char *name, int64_t vocab, qllm_error *error);
+
+/* Both of them, for a row that is here; leaves its tops and its largest logit as scan does. */
+qllm_status qllm_check_logits(const qllm_logit_ops *ops, const char *name, const float *logits,
+                              int64_t vocab, float *tops, float *max, qllm_error *error);
 
 #endif

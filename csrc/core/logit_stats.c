@@ -1,11 +1,9 @@
 #include "core/logit_stats.h"
 
 #include <inttypes.h>
-#include <math.h>
-#include <stdbool.h>
-#include <string.h>
 
 #include "core/exp.h"
+#include "core/log.h"
 
 /* The two rows, sorted, and where their parts lie in the scratch. */
 typedef struct pair {
@@ -13,15 +11,7 @@ typedef struct pair {
     double *p, *q;      /* (groups, 16); before that, the two buffers of the sort */
     float *tops;
     int64_t groups;
-    double ref_max, test_max;
-    double ref_alone, test_alone; /* the largest logit, less the maximum, that only that row has */
 } pair;
-
-/* A row of logits before sorting. */
-typedef struct row_top {
-    int64_t argmax; /* lowest id among equals */
-    double max;
-} row_top;
 
 enum { DIGIT_BITS = 11, BUCKETS = 1 << DIGIT_BITS, DIGITS = 3, FEW = 64 };
 
@@ -42,7 +32,7 @@ int64_t qllm_logit_stats_scratch(int64_t vocab)
 static pair carve(void *scratch, int64_t vocab)
 {
     int64_t room = room_for(vocab);
-    pair s = {.p = scratch, .ref_alone = -INFINITY, .test_alone = -INFINITY};
+    pair s = {.p = scratch};
     s.q = s.p + room;
     s.ref = (float *)(s.q + room);
     s.test = s.ref + room;
@@ -50,36 +40,25 @@ static pair carve(void *scratch, int64_t vocab)
     return s;
 }
 
-static qllm_status bad_logit(const float *logits, int64_t vocab, const char *name,
+static qllm_status check_row(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
+                             const char *name, float *tops, int64_t *argmax, double *max,
                              qllm_error *error)
 {
-    int64_t i = 0;
-    while (i < vocab - 1 && logits[i] < INFINITY)
-        i++;
-    return qllm_fail(error, QLLM_VALUE, "%s: token %" PRId64 " of %" PRId64 " is %s; "
-                     "logits are finite numbers, or -inf for tokens that cannot be drawn",
-                     name, i, vocab, isnan(logits[i]) ? "NaN" : "+inf");
-}
-
-static qllm_status check_row(const qllm_logit_ops *ops, const float *logits, int64_t vocab,
-                             const char *name, float *tops, row_top *top, qllm_error *error)
-{
-    float max;
-    if (!ops->scan(logits, vocab, tops, &max))
-        return bad_logit(logits, vocab, name, error);
-    if (max == -INFINITY)
-        return qllm_fail(error, QLLM_VALUE, "%s: all %" PRId64 " tokens are -inf, so that none can "
-                         "be drawn", name, vocab);
+    float top;
+    qllm_status status = qllm_check_logits(ops, name, logits, vocab, tops, &top, error);
+    if (status != QLLM_OK)
+        return status;
     int64_t tile = 0, i;
-    while (tile < qllm_tiles(vocab) - 1 && tops[tile] < max)
+    while (tile < qllm_tiles(vocab) - 1 && tops[tile] < top)
         tile++;
-    for (i = tile * QLLM_TILE; i < vocab - 1 && logits[i] < max; i++)
+    for (i = tile * QLLM_TILE; i < vocab - 1 && logits[i] < top; i++)
         continue;
-    *top = (row_top){i, max};
+    *argmax = i;
+    *max = top;
     return QLLM_OK;
 }
 
-static qllm_status check_arguments(int64_t vocab, const double *temperatures,
+qllm_status qllm_logit_stats_check(int64_t vocab, const double *temperatures,
                                    int64_t n_temperatures, int64_t target, qllm_error *error)
 {
     if (vocab < 1 || vocab > INT32_MAX)
@@ -96,18 +75,9 @@ static qllm_status check_arguments(int64_t vocab, const double *temperatures,
     return QLLM_OK;
 }
 
-/* Orders doubles as integers, from the largest down. */
-static uint64_t descending_key(double value)
-{
-    uint64_t bits;
-    value += 0.0; /* -0 and 0 are one number */
-    memcpy(&bits, &value, sizeof bits);
-    return bits ^ (~(uint64_t)((int64_t)bits >> 63) & UINT64_C(0x7fffffffffffffff));
-}
-
 static uint64_t key_of(const float *ref, const float *test, int64_t id)
 {
-    return descending_key((double)test[id] - (double)ref[id]);
+    return qllm_descending_key((double)test[id] - (double)ref[id]);
 }
 
 /* Sorts items by their upper halves, equals as they came: a radix sort of three digits, each left
@@ -169,27 +139,29 @@ static void sort_run(const float *ref, const float *test, uint64_t *run, uint64_
 }
 
 /* Writes down the tokens that either row can draw: half a key above, the id below. */
-static int64_t write_items(const float *ref, const float *test, int64_t vocab, pair *s,
+static int64_t write_items(const float *ref, const float *test, int64_t vocab, qllm_pair_tops *tops,
                            uint64_t *items)
 {
     int64_t count = 0;
+    tops->ref_alone = tops->test_alone = -INFINITY;
     for (int64_t i = 0; i < vocab; i++) {
         items[count] = (key_of(ref, test, i) & ~(uint64_t)UINT32_MAX) | (uint64_t)i;
         count += ref[i] > -INFINITY || test[i] > -INFINITY;
-        if (test[i] == -INFINITY && ref[i] - s->ref_max > s->ref_alone)
-            s->ref_alone = ref[i] - s->ref_max;
-        if (ref[i] == -INFINITY && test[i] - s->test_max > s->test_alone)
-            s->test_alone = test[i] - s->test_max;
+        if (test[i] == -INFINITY && ref[i] - tops->ref_max > tops->ref_alone)
+            tops->ref_alone = ref[i] - tops->ref_max;
+        if (ref[i] == -INFINITY && test[i] - tops->test_max > tops->test_alone)
+            tops->test_alone = test[i] - tops->test_max;
     }
     return count;
 }
 
 /* Sorts the tokens by test - ref, from the largest down, once for all temperatures, equals by
  * their ids, and lays both rows out lane by lane. */
-static void sort_pair(const float *ref, const float *test, int64_t vocab, pair *s)
+static void sort_pair(const float *ref, const float *test, int64_t vocab, qllm_pair_tops *tops,
+                      pair *s)
 {
     uint64_t *items = (uint64_t *)(void *)s->p, *other = (uint64_t *)(void *)s->q;
-    int64_t count = write_items(ref, test, vocab, s, items), run = 0;
+    int64_t count = write_items(ref, test, vocab, tops, items), run = 0;
     if (sort_items(items, other, count) == other) {
         other = items;
         items = (uint64_t *)(void *)s->q;
@@ -226,53 +198,71 @@ static double weigh(const qllm_logit_ops *ops, const float *logits, int64_t grou
     return total;
 }
 
-/* With a = ref - max and b likewise, log p = a / T - log of p's total, so that for equal rows every
- * difference is 0. */
-static void compare(const qllm_logit_ops *ops, const pair *s, double inverse, double totals[2],
-                    const qllm_logit_stats *out, int64_t t)
+static qllm_pair_totals sum_pair(const qllm_logit_ops *ops, const qllm_pair_tops *tops,
+                                 const pair *s, double temperature)
 {
-    double factor = qllm_weight_factor(inverse);
+    double factor = qllm_weight_factor(qllm_inverse_temperature(temperature));
     qllm_pair pair = {.groups = s->groups, .ref = s->ref, .test = s->test, .p = s->p, .q = s->q,
-                      .ref_max = s->ref_max, .test_max = s->test_max};
+                      .ref_max = tops->ref_max, .test_max = tops->test_max};
     qllm_pair_sums sums;
-    totals[0] = weigh(ops, s->ref, s->groups, s->ref_max, factor, s->p, pair.p_above);
-    totals[1] = weigh(ops, s->test, s->groups, s->test_max, factor, s->q, pair.q_above);
-    pair.p_scale = 1 / totals[0];
-    pair.q_scale = 1 / totals[1];
+    qllm_pair_totals totals;
+    totals.p = weigh(ops, s->ref, s->groups, tops->ref_max, factor, s->p, pair.p_above);
+    totals.q = weigh(ops, s->test, s->groups, tops->test_max, factor, s->q, pair.q_above);
+    pair.p_scale = 1 / totals.p;
+    pair.q_scale = 1 / totals.q;
     ops->pair_sums(&pair, &sums);
-    double log_p = log(totals[0]), log_q = log(totals[1]), shift = log_q - log_p;
-    /* rounding can leave a negative trace of what is never negative */
-    out->kl[t] = fmax(qllm_lane_sum(sums.kl) * inverse + shift, 0);
-    out->kl_reverse[t] = fmax(qllm_lane_sum(sums.kl_reverse) * inverse - shift, 0);
-    if (qllm_exp2(s->ref_alone * factor) > 0)
-        out->kl[t] = INFINITY;
-    if (qllm_exp2(s->test_alone * factor) > 0)
-        out->kl_reverse[t] = INFINITY;
-    out->tv[t] = fmin(0.5 * qllm_lane_sum(sums.tv), 1);
-    out->disagreement[t] = fmin(qllm_lane_sum(sums.disagreement), 1);
-    out->entropy_ref[t] = log_p - qllm_lane_sum(sums.mean_a) * inverse;
-    out->entropy_test[t] = log_q - qllm_lane_sum(sums.mean_b) * inverse;
-    out->max_ref[t] = pair.p_scale;
-    /* sum q a = sum q b - sum q (b - a) */
-    out->cross[t] = s->ref_max + (qllm_lane_sum(sums.mean_b) - qllm_lane_sum(sums.kl_reverse));
-    if (isinf(out->kl_reverse[t]))
-        out->cross[t] = -INFINITY;
-    out->log_z_ref[t] = s->ref_max * inverse + log_p;
+    totals.kl = qllm_lane_sum(sums.kl);
+    totals.kl_reverse = qllm_lane_sum(sums.kl_reverse);
+    totals.mean_a = qllm_lane_sum(sums.mean_a);
+    totals.mean_b = qllm_lane_sum(sums.mean_b);
+    totals.tv = qllm_lane_sum(sums.tv);
+    totals.disagreement = qllm_lane_sum(sums.disagreement);
+    return totals;
 }
 
-/* Temperature 0: both distributions are one-hot.  test_pick: the reference's logit at the argmax
- * of the other. */
-static void greedy(row_top ref, row_top test, double test_pick, int64_t target,
-                   const qllm_logit_stats *out, int64_t t)
+/* Temperature 0: both distributions are one-hot. */
+static void greedy(const qllm_pair_tops *tops, const qllm_logit_stats *out, int64_t t)
 {
-    int differ = ref.argmax != test.argmax;
+    int differ = tops->ref_argmax != tops->test_argmax;
     out->kl[t] = out->kl_reverse[t] = differ ? INFINITY : 0;
     out->tv[t] = out->disagreement[t] = differ;
     out->entropy_ref[t] = out->entropy_test[t] = 0;
     out->max_ref[t] = 1;
-    out->cross[t] = test_pick;
-    out->log_z_ref[t] = ref.max == 0 ? 0 : copysign(INFINITY, ref.max);
-    out->delta_p[t] = (test.argmax == target) - (ref.argmax == target);
+    out->cross[t] = tops->test_pick;
+    out->log_z_ref[t] = tops->ref_max == 0 ? 0 : copysign(INFINITY, tops->ref_max);
+    out->delta_p[t] = (tops->test_argmax == tops->target) - (tops->ref_argmax == tops->target);
+}
+
+/* With a = ref - max and b likewise, log p = a / T - log of p's total, so that for equal rows every
+ * difference is 0. */
+void qllm_logit_stats_finish(const qllm_pair_tops *tops, const qllm_pair_totals *totals,
+                             double temperature, const qllm_logit_stats *out, int64_t t)
+{
+    if (temperature == 0) {
+        greedy(tops, out, t);
+        return;
+    }
+    double inverse = qllm_inverse_temperature(temperature), factor = qllm_weight_factor(inverse);
+    double log_p = qllm_log(totals->p), log_q = qllm_log(totals->q), shift = log_q - log_p;
+    /* rounding can leave a negative trace of what is never negative */
+    out->kl[t] = fmax(totals->kl * inverse + shift, 0);
+    out->kl_reverse[t] = fmax(totals->kl_reverse * inverse - shift, 0);
+    if (qllm_exp2(tops->ref_alone * factor) > 0)
+        out->kl[t] = INFINITY;
+    if (qllm_exp2(tops->test_alone * factor) > 0)
+        out->kl_reverse[t] = INFINITY;
+    out->tv[t] = fmin(0.5 * totals->tv, 1);
+    out->disagreement[t] = fmin(totals->disagreement, 1);
+    out->entropy_ref[t] = log_p - totals->mean_a * inverse;
+    out->entropy_test[t] = log_q - totals->mean_b * inverse;
+    out->max_ref[t] = 1 / totals->p;
+    /* sum q a = sum q b - sum q (b - a) */
+    out->cross[t] = tops->ref_max + (totals->mean_b - totals->kl_reverse);
+    if (isinf(out->kl_reverse[t]))
+        out->cross[t] = -INFINITY;
+    out->log_z_ref[t] = tops->ref_max * inverse + log_p;
+    out->delta_p[t] = tops->target < 0 ? 0 : qllm_exp2(tops->target_test * factor) / totals->q -
+                                             qllm_exp2(tops->target_ref * factor) / totals->p;
 }
 
 qllm_status qllm_logit_stats_row(const qllm_logit_ops *ops, const float *ref, const float *test,
@@ -280,32 +270,27 @@ qllm_status qllm_logit_stats_row(const qllm_logit_ops *ops, const float *ref, co
                                  int64_t target, void *scratch, const qllm_logit_stats *out,
                                  int *same_top, qllm_error *error)
 {
-    row_top ref_top, test_top;
-    qllm_status status = check_arguments(vocab, temperatures, n_temperatures, target, error);
+    qllm_pair_tops tops = {.target = target};
+    qllm_status status = qllm_logit_stats_check(vocab, temperatures, n_temperatures, target, error);
     if (status != QLLM_OK)
         return status;
     pair s = carve(scratch, vocab);
-    status = check_row(ops, ref, vocab, "ref", s.tops, &ref_top, error);
+    status = check_row(ops, ref, vocab, "ref", s.tops, &tops.ref_argmax, &tops.ref_max, error);
     if (status == QLLM_OK)
-        status = check_row(ops, test, vocab, "test", s.tops, &test_top, error);
+        status = check_row(ops, test, vocab, "test", s.tops, &tops.test_argmax, &tops.test_max,
+                           error);
     if (status != QLLM_OK)
         return status;
-    *same_top = ref_top.argmax == test_top.argmax;
-    s.ref_max = ref_top.max;
-    s.test_max = test_top.max;
-    sort_pair(ref, test, vocab, &s);
-    double target_a = target < 0 ? 0 : (double)ref[target] - s.ref_max;
-    double target_b = target < 0 ? 0 : (double)test[target] - s.test_max;
+    *same_top = tops.ref_argmax == tops.test_argmax;
+    sort_pair(ref, test, vocab, &tops, &s);
+    tops.test_pick = ref[tops.test_argmax];
+    tops.target_ref = target < 0 ? 0 : (double)ref[target] - tops.ref_max;
+    tops.target_test = target < 0 ? 0 : (double)test[target] - tops.test_max;
     for (int64_t t = 0; t < n_temperatures; t++) {
-        double inverse = qllm_inverse_temperature(temperatures[t]), totals[2];
-        double factor = qllm_weight_factor(inverse);
-        if (temperatures[t] == 0) {
-            greedy(ref_top, test_top, ref[test_top.argmax], target, out, t);
-            continue;
-        }
-        compare(ops, &s, inverse, totals, out, t);
-        out->delta_p[t] = target < 0 ? 0 : qllm_exp2(target_b * factor) / totals[1] -
-                                           qllm_exp2(target_a * factor) / totals[0];
+        qllm_pair_totals totals = {0};
+        if (temperatures[t] > 0)
+            totals = sum_pair(ops, &tops, &s, temperatures[t]);
+        qllm_logit_stats_finish(&tops, &totals, temperatures[t], out, t);
     }
     return QLLM_OK;
 }

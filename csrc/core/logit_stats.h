@@ -33,6 +33,40 @@ typedef struct qllm_logit_stats {
                              largest logit, and 0 where that is 0 */
 } qllm_logit_stats;
 
+/* Orders doubles as integers, from the largest down: the key of test - ref by which tokens are
+ * sorted, equals by their ids. */
+static inline QLLM_BOTH uint64_t qllm_descending_key(double value)
+{
+    uint64_t bits;
+    value += 0.0; /* -0 and 0 are one number */
+    memcpy(&bits, &value, sizeof bits);
+    return bits ^ (~(uint64_t)((int64_t)bits >> 63) & UINT64_C(0x7fffffffffffffff));
+}
+
+/* What is known of two rows before any temperature. */
+typedef struct qllm_pair_tops {
+    int64_t ref_argmax, test_argmax; /* lowest id among equals */
+    double ref_max, test_max;
+    double ref_alone, test_alone; /* the largest logit, less the maximum, that only that row has */
+    double test_pick;             /* the reference's logit at the argmax of the other */
+    int64_t target;               /* token or -1 */
+    double target_ref, target_test; /* its logits, less the maximum; 0 without a target */
+} qllm_pair_tops;
+
+/* The sums at one temperature. */
+typedef struct qllm_pair_totals {
+    double p, q; /* of the weights */
+    double kl, kl_reverse, mean_a, mean_b, tv, disagreement; /* qllm_pair_sums, folded */
+} qllm_pair_totals;
+
+/* Writes entry t of *out; the totals are not read at temperature 0. */
+void qllm_logit_stats_finish(const qllm_pair_tops *tops, const qllm_pair_totals *totals,
+                             double temperature, const qllm_logit_stats *out, int64_t t);
+
+/* Refuses a vocabulary, a target or a temperature outside the ranges below. */
+qllm_status qllm_logit_stats_check(int64_t vocab, const double *temperatures,
+                                   int64_t n_temperatures, int64_t target, qllm_error *error);
+
 /* Scratch bytes for one row; -1 where vocab is not 1 .. 2^31 - 1. */
 int64_t qllm_logit_stats_scratch(int64_t vocab);
 

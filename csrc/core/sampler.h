@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "core/log.h"
 #include "core/logit_ops.h"
 #include "core/status.h"
 
@@ -33,12 +34,34 @@ qllm_sampling qllm_sampling_default(void);
 /* Refuses values outside the ranges above with a sentence that names the parameter. */
 qllm_status qllm_sampling_check(const qllm_sampling *sampling, qllm_error *error);
 
+/* Refuses a token of the history that is outside the vocabulary. */
+qllm_status qllm_history_check(const int64_t *history, int64_t n_history, int64_t vocab,
+                               qllm_error *error);
+
+/* The logit of a token of the history (Keskar et al. 2019, CTRL, section 4.1; for negative logits
+ * as transformers does). */
+static inline QLLM_BOTH float qllm_penalized(float logit, double penalty)
+{
+    double value = logit;
+    double changed = value < 0 ? value * penalty : value / penalty;
+    if (isfinite(value))
+        changed = changed > FLT_MAX ? FLT_MAX : changed < -FLT_MAX ? -FLT_MAX : changed;
+    return (float)changed;
+}
+
 typedef struct qllm_sampled {
     int64_t token;
     float logprob;          /* natural log of softmax(raw logits)[token]: what the model said */
     float sampling_logprob; /* natural log of the processed, renormalised probability of the draw;
                                0 when greedy */
 } qllm_sampled;
+
+/* log softmax(logits / temperature) of a token; total is the sum of exp((logit - max) / T). */
+static inline double qllm_log_share(float logit, double max, double inverse_temperature,
+                                    double total)
+{
+    return ((double)logit - max) * inverse_temperature - qllm_log(total);
+}
 
 /* Scratch bytes that the functions below need for one row; -1 where the vocabulary
  * has fewer than 1 or more than 2^31 - 1 tokens. */
