@@ -11,10 +11,12 @@
 #include <stdint.h>
 
 #include "core/compute.h"
+#include "core/logit_stats.h"
 #include "core/quant.h"
 #include "core/qweight.h"
+#include "core/sampler.h"
 
-enum { QLLM_BACKEND_ABI = 3, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
+enum { QLLM_BACKEND_ABI = 4, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
 
 struct qllm_decoder_config; /* decoder/config.h: the same for every device */
 
@@ -50,6 +52,16 @@ typedef struct qllm_decoder_bytes {
     int64_t kv_cache;  /* keys and values of all sequences, shared parts counted once */
     int64_t scratch;   /* everything else that lasts: buffers of a step, position tables */
 } qllm_decoder_bytes;
+
+/* A token to be drawn from one row of logits of a step, as by qllm_sample. */
+typedef struct qllm_draw {
+    int64_t row;            /* of the wanted rows of the step */
+    qllm_sampling sampling;
+    uint32_t step;
+    const int64_t *history; /* (n_history) token ids for the repetition penalty */
+    int64_t n_history;
+    bool round_bf16;        /* the logits are rounded to bf16 first, to nearest, ties to even */
+} qllm_draw;
 
 typedef struct qllm_decoder_info {
     const char *variant; /* texts live as long as the decoder */
@@ -126,6 +138,23 @@ typedef struct qllm_backend {
                           float *hidden, qllm_error *error);
     qllm_status (*head)(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits,
                         qllm_error *error);
+
+    /* A step, and then the draws from its logits, any number from each row, in ascending order of
+     * the rows: out (n_draws).  The results have the bits of qllm_sample for the logits of `step`,
+     * which are written to logits (wanted rows, vocab) too unless it is NULL.  On failure, that of
+     * a draw too, no sequence has changed.  NULL: not offered, the caller draws on the host. */
+    qllm_status (*step_draw)(qllm_decoder *decoder, qllm_sequence *const *sequences,
+                             const int64_t *tokens, const bool *want, int64_t n,
+                             const qllm_draw *draws, int64_t n_draws, qllm_sampled *out,
+                             float *logits, qllm_error *error);
+
+    /* qllm_logit_stats_row, with its bits, for rows (rows, vocab) in host memory, vocab the
+     * decoder's: targets (rows) or NULL, the arrays of out (rows, n_temperatures), same_top (rows).
+     * NULL: not offered, the caller computes on the host. */
+    qllm_status (*logit_stats)(qllm_decoder *decoder, const float *ref, const float *test,
+                               int64_t rows, const double *temperatures, int64_t n_temperatures,
+                               const int64_t *targets, const qllm_logit_stats *out,
+                               uint8_t *same_top, qllm_error *error);
 
     void (*nbytes)(qllm_decoder *decoder, qllm_decoder_bytes *out);
     void (*info)(const qllm_decoder *decoder, qllm_decoder_info *out);
