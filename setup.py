@@ -37,6 +37,10 @@ COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-m
           "-fno-trapping-math",
           "-Wall", "-Wextra"]
 
+# What a device library (kernels/) holds of csrc/: formats and configurations mean the same there.
+DEVICE_C = ["csrc/core/*.c", "csrc/decoder/config.c", "csrc/decoder/positions.c",
+            "csrc/decoder/slots.c"]
+
 
 def sources() -> list[str]:
     files = sorted(path.relative_to(HERE).as_posix() for path in (HERE / "csrc").rglob("*.c"))

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/device.h"
+
 typedef enum qllm_dtype { QLLM_F32 = 0, QLLM_F16 = 1, QLLM_BF16 = 2 } qllm_dtype;
 
 /* Bytes of one element. */
@@ -14,27 +16,27 @@ int64_t qllm_dtype_size(qllm_dtype dtype);
 /* "float32", "float16", "bfloat16". */
 const char *qllm_dtype_name(qllm_dtype dtype);
 
-static inline float qllm_float_from_bits(uint32_t bits)
+QLLM_BOTH static inline float qllm_float_from_bits(uint32_t bits)
 {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline uint32_t qllm_bits_from_float(float value)
+QLLM_BOTH static inline uint32_t qllm_bits_from_float(float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline float qllm_bf16_to_float(uint16_t h)
+QLLM_BOTH static inline float qllm_bf16_to_float(uint16_t h)
 {
     return qllm_float_from_bits((uint32_t)h << 16);
 }
 
 /* Round to nearest, ties to even; NaN stays NaN. */
-static inline uint16_t qllm_float_to_bf16(float value)
+QLLM_BOTH static inline uint16_t qllm_float_to_bf16(float value)
 {
     uint32_t bits = qllm_bits_from_float(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u)

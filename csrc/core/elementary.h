@@ -32,6 +32,8 @@
 #ifndef QLLM_CORE_ELEMENTARY_H
 #define QLLM_CORE_ELEMENTARY_H
 
+#include "core/device.h"
+
 #define QLLM_EXP_MIN (-104.0f)
 #define QLLM_EXP_MAX 89.0f
 #define QLLM_EXP_ROUND 12582912.0f /* 1.5 * 2^23; the low bits of t hold n in two's complement */
@@ -74,7 +76,7 @@ float qllm_gelu_tanhf(float x);
 
 /* |x| < 2^22 to the nearest integer, ties to even, in two additions that become vector code
  * everywhere. */
-static inline float qllm_round_half_even(float x)
+QLLM_BOTH static inline float qllm_round_half_even(float x)
 {
     return (x + QLLM_EXP_ROUND) - QLLM_EXP_ROUND;
 }
