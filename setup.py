@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools._distutils.ccompiler import new_compiler
+from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
@@ -42,9 +44,10 @@ DEVICE_C = ["csrc/core/*.c", "csrc/decoder/config.c", "csrc/decoder/positions.c"
             "csrc/decoder/slots.c"]
 
 
-def sources() -> list[str]:
+def sources(left_out: str) -> list[str]:
+    """The C files of all rooms but one."""
     files = sorted(path.relative_to(HERE).as_posix() for path in (HERE / "csrc").rglob("*.c"))
-    return files
+    return [file for file in files if not file.startswith(f"csrc/{left_out}/")]
 
 
 def flags_by_suffix(compiler: list[str]) -> dict[str, list[str]]:
@@ -82,19 +85,55 @@ class BuildExt(build_ext):
             super().build_extensions()
 
 
+class StaticLibrary(Command):
+    """The library for C programs, without Python: docs/c-api.md."""
+
+    description = "build libqllm.a and put its header beside it"
+    user_options = [("folder=", None, "where they are written [build/c]")]
+
+    def initialize_options(self) -> None:
+        self.folder = "build/c"
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        compiler = new_compiler()
+        customize_compiler(compiler)
+        sets = flags_by_suffix(compiler.compiler_so)
+        foreign = tuple(suffix for suffix in {**X86, **ARM64} if suffix not in sets)
+        header = HERE / "qllm" / "include" / "qllm.h"
+
+        def compiled(file: str) -> str:
+            extra = [flag for suffix, flags in sets.items() if file.endswith(suffix)
+                     for flag in flags]
+            return compiler.compile([file], output_dir=f"{self.folder}/objects",
+                                    include_dirs=["csrc", str(header.parent)],
+                                    extra_postargs=[*compile_flags(), *extra])[0]
+
+        files = [file for file in sources(left_out="python") if not file.endswith(foreign)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, files))
+        compiler.create_static_lib(objects, "qllm", output_dir=self.folder)
+        self.mkpath(f"{self.folder}/include")
+        self.copy_file(str(header), f"{self.folder}/include")
+
+
+def compile_flags() -> list[str]:
+    return [*COMMON, "-Werror"] if os.environ.get("QLLM_WERROR") == "1" else list(COMMON)
+
+
 def extension() -> Extension:
-    compile_args, link_args = list(COMMON), ["-lm", "-lpthread"]
-    if os.environ.get("QLLM_WERROR") == "1":
-        compile_args.append("-Werror")
+    compile_args, link_args = compile_flags(), ["-lm", "-lpthread"]
     if sanitize := os.environ.get("QLLM_SANITIZE"):
         compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1",
                          "-DQLLM_PLAIN_INLINE"]
         if "undefined" in sanitize:
             compile_args.append("-fno-sanitize-recover=undefined")
         link_args.append(f"-fsanitize={sanitize}")
-    return Extension("qllm._core", sources(), include_dirs=["csrc", numpy.get_include()],
+    return Extension("qllm._core", sources(left_out="api"), include_dirs=["csrc", numpy.get_include()],
                      depends=[str(path) for path in (HERE / "csrc").rglob("*.h")],
                      extra_compile_args=compile_args, extra_link_args=link_args)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExt})
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExt, "static_library": StaticLibrary})

@@ -1,6 +1,7 @@
 """qllm: the instrument for asking what quantization does to a language model."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .config import GenerationConfig, QuantConfig
@@ -35,12 +36,18 @@ __all__ = [
     "Request",
     "Sampled",
     "Score",
+    "get_include",
     "logit_stats",
     "quantize",
     "sample",
 ]
 
 __version__ = "0.1.0"
+
+
+def get_include() -> str:
+    """The folder of qllm.h, the header for C programs (docs/c-api.md)."""
+    return str(Path(__file__).resolve().parent / "include")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ else:
     import tomli as tomllib  # comes with pytest there
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("core", "cpu", "decoder", "python")  # each may include itself and those before it
+ROOMS = ("core", "cpu", "decoder", "api", "python")  # each may include itself and those before it
 MAX_COLUMNS = 100
 MAX_LINES = 650
 
