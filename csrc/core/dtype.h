@@ -44,10 +44,36 @@ QLLM_BOTH static inline uint16_t qllm_float_to_bf16(float value)
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-float qllm_f16_to_float(uint16_t h);
+/* Both conversions of float16 compute every case and choose, without a branch, so that the loops
+ * below become vector code; and they work on integers where a subnormal float32 could appear, so
+ * that the caller's flush-to-zero mode has no say. */
+
+QLLM_BOTH static inline float qllm_f16_to_float(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
+    uint32_t magnitude = h & 0x7fffu;
+    uint32_t normal = (magnitude << 13) + (112u << 23); /* exponent bias 15 becomes 127 */
+    uint32_t special = normal + (112u << 23);           /* exponent 31 becomes 255 */
+    uint32_t subnormal = qllm_bits_from_float((float)(int32_t)magnitude * 0x1p-24f);
+    uint32_t bits = magnitude >= 0x7c00u ? special : normal;
+    bits = magnitude < 0x0400u ? subnormal : bits;
+    return qllm_float_from_bits(sign | bits);
+}
 
 /* Round to nearest, ties to even; overflow gives infinity, NaN stays NaN. */
-uint16_t qllm_float_to_f16(float value);
+QLLM_BOTH static inline uint16_t qllm_float_to_f16(float value)
+{
+    uint32_t bits = qllm_bits_from_float(value);
+    uint32_t sign = bits & 0x80000000u;
+    uint32_t magnitude = bits ^ sign;
+    /* Below 2^-14 the result is a multiple of 2^-24, which is the last place of 0.5 + |x|. */
+    uint32_t subnormal = qllm_bits_from_float(qllm_float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    uint32_t half = magnitude >= 0x477ff000u ? 0x7c00u : normal; /* from 65520: infinity */
+    half = magnitude < 0x38800000u ? subnormal : half;
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    return (uint16_t)(half | (sign >> 16));
+}
 
 /* Reads n elements of `dtype` at `source` (any alignment) as float32 into `out`. */
 void qllm_to_float(const void *source, qllm_dtype dtype, int64_t n, float *out);

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "core/both.h"
+#include "core/device.h"
 
 /* 2^z for z <= 0, -inf included, in float64, as a fixed sequence of IEEE 754 operations, so that
  * every machine and every instruction set gives the same bits:

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "core/both.h"
+#include "core/device.h"
 
 /* ln x of a finite x > 0 in float64, as a fixed sequence of IEEE 754 operations (none of them
  * fused), so that every machine and device gives the same bits whatever its C library:

@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "core/both.h"
+#include "core/device.h"
 #include "core/status.h"
 
 enum { QLLM_TILE = 64, QLLM_LANES = 16 }; /* tokens of a tile; partial sums */

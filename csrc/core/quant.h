@@ -2,9 +2,12 @@
 #ifndef QLLM_CORE_QUANT_H
 #define QLLM_CORE_QUANT_H
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "core/device.h"
+#include "core/elementary.h"
 #include "core/qweight.h"
 
 /* Quantizes the matrix `source` (rows, cols) of f32, f16 or bf16 into *weight, which is initialised
@@ -77,5 +80,30 @@ uint32_t qllm_largest_bits(const float *x, int64_t n);
  * that holds NaN or infinity where these are no outliers gets q = 0 and scale NaN. */
 void qllm_int8_activation(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
                           int32_t *outliers, int64_t *n_outliers);
+
+/* The same in its parts.  Whether x is an outlier: */
+QLLM_BOTH static inline bool qllm_is_int8_outlier(float x, float threshold)
+{
+    return threshold > 0.0f && !(fabsf(x) < threshold);
+}
+
+/* `largest`: the bits of the largest |x| that is no outlier.  Returns the scale of the row; *factor
+ * is what x is multiplied by before rounding, or 0 where every q is 0. */
+QLLM_BOTH static inline float qllm_int8_scale(uint32_t largest, float *factor)
+{
+    const uint32_t infinity = 0x7f800000u;
+    float absmax = qllm_float_from_bits(largest);
+    *factor = 127.0f / absmax;
+    if (largest < infinity && qllm_bits_from_float(*factor) < infinity)
+        return absmax / 127.0f;
+    *factor = 0.0f;
+    return largest < infinity ? 0.0f : NAN;
+}
+
+/* q of an x that is no outlier */
+QLLM_BOTH static inline int8_t qllm_int8_code(float x, float factor)
+{
+    return factor > 0.0f ? (int8_t)qllm_round_half_even(x * factor) : (int8_t)0;
+}
 
 #endif

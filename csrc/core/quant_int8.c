@@ -89,30 +89,21 @@ void qllm_dequantize_int8(const qllm_qweight *weight, int64_t first, int64_t cou
     }
 }
 
-static bool is_outlier(float x, float threshold)
-{
-    return threshold > 0.0f && !(fabsf(x) < threshold);
-}
-
 void qllm_int8_activation(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
                           int32_t *outliers, int64_t *n_outliers)
 {
     uint32_t largest = 0;
+    float factor;
     *n_outliers = 0;
     for (int64_t k = 0; k < cols; k++) {
-        if (is_outlier(x[k], threshold)) {
+        if (qllm_is_int8_outlier(x[k], threshold)) {
             outliers[(*n_outliers)++] = (int32_t)k;
             continue;
         }
         uint32_t bits = qllm_bits_from_float(x[k]) & 0x7fffffffu;
         largest = bits > largest ? bits : largest;
     }
-    float absmax = qllm_float_from_bits(largest);
-    float factor = 127.0f / absmax;
-    bool usable = isfinite(absmax) && isfinite(factor);
-    *scale = usable ? absmax / 127.0f : isfinite(absmax) ? 0.0f : NAN;
-    for (int64_t k = 0; k < cols; k++) {
-        bool counts = usable && !is_outlier(x[k], threshold);
-        q[k] = counts ? (int8_t)qllm_round_half_even(x[k] * factor) : 0;
-    }
+    *scale = qllm_int8_scale(largest, &factor);
+    for (int64_t k = 0; k < cols; k++)
+        q[k] = qllm_is_int8_outlier(x[k], threshold) ? 0 : qllm_int8_code(x[k], factor);
 }

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#include "core/both.h"
+#include "core/device.h"
 #include "core/log.h"
 
 /* Rounds, multipliers and increments of the key of Salmon et al., section 4.3, and Random123. */
