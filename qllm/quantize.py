@@ -34,10 +34,11 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantizes an array (rows, cols), or (n,) as one row, to `format`, one of `FORMATS`.
 
-    `array` holds float32, float16 or bfloat16: a NumPy array, an object with `__array__` or a
-    buffer, or a torch tensor on the CPU. bfloat16 comes as ml_dtypes' bfloat16, as a torch tensor,
-    or as its bits in uint16 with dtype="bfloat16". Contiguous arrays, views of mapped files among
-    them, are read in place; other layouts, broadcast views too, are copied first.
+    `array` holds float32, float16 or bfloat16: a NumPy array, or an array of torch, JAX, CuPy or
+    any other library that offers `__array__`, DLPack or a buffer, in the CPU's memory. bfloat16
+    comes as such an array, or as its bits in uint16 with dtype="bfloat16". Contiguous arrays, views
+    of mapped files among them, are read in place; other layouts, broadcast views too, are copied
+    first.
 
     `blocksize`, one of `BLOCKSIZES`, is used by the 4-bit formats only.
 
@@ -47,9 +48,8 @@ def quantize(
 
     Raises `QllmValueError` for anything that cannot be quantized, `QllmMemoryError` without memory.
     """
-    array, dtype = _from_torch(array, dtype, name)
     return _core.quantize(
-        array, format, blocksize, allow_nonfinite=allow_nonfinite, name=name, dtype=dtype
+        _detached(array), format, blocksize, allow_nonfinite=allow_nonfinite, name=name, dtype=dtype
     )
 
 
@@ -69,19 +69,10 @@ def bits_per_weight(format: str, blocksize: int = 64) -> float:
     return 4.0 + scale / blocksize
 
 
-def _from_torch(array: Any, dtype: str | None, name: str) -> tuple[Any, str | None]:
-    """A torch tensor as NumPy array of the same memory, bfloat16 as its bits; any other object as
-    it is. torch is not imported: who has a tensor has imported it."""
+def _detached(array: Any) -> Any:
+    """A torch tensor without its gradient, which would forbid others to read it; any other object
+    as it is. torch is not imported: who has a tensor has imported it."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(array, torch.Tensor):
-        return array, dtype
-    if array.device.type != "cpu":
-        raise QllmValueError(f"{name}: the tensor is on {array.device}; pass tensor.cpu()")
-    array = array.detach()
-    if array.dtype == torch.bfloat16:
-        if dtype not in (None, "bfloat16"):
-            raise QllmValueError(
-                f"{name}: dtype is said to be {dtype!r} but the tensor holds bfloat16"
-            )
-        return array.view(torch.int16).numpy().view(np.uint16), "bfloat16"
-    return array.numpy(), dtype
+        return array
+    return array.detach()

@@ -398,11 +398,14 @@ class BadProvider:
         (b"weights", "expected float32, .*found uint8"),
         (Lying(), "expected a NumPy array, found .*Lying"),
         (BadProvider(), "__array__ of .*BadProvider gave no NumPy array"),
-        (OnlyDlpack(matrix()), "expected a NumPy array, found .*; pass numpy.from_dlpack"),
+        (OnlyDlpack(matrix().astype(np.int32)), "expected float32, .*found int32"),
+        (Handing(used_capsule()), "__dlpack__ gave PyCapsule, expected an unused DLPack capsule"),
+        (Handing(misnamed_capsule()), "__dlpack__ gave PyCapsule, expected an unused DLPack"),
+        (Handing(7), "__dlpack__ gave int, expected an unused DLPack capsule"),
         (matrix().__dlpack__(), "expected a NumPy array, found PyCapsule"),
         (used_capsule(), "expected a NumPy array, found PyCapsule"),
         (misnamed_capsule(), "expected a NumPy array, found PyCapsule"),
-        (OnAnotherDevice(matrix()), "expected a NumPy array, found .*; pass numpy.from_dlpack"),
+        (OnAnotherDevice(matrix()), "the .*OnAnotherDevice is on a CUDA device; copy it to the"),
         (FailingProvider(), ".*FailingProvider gives no NumPy array: it is on the moon"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "words",
@@ -412,7 +415,7 @@ def test_arrays(array, words):
         qllm.quantize(array, "nf4", name="layer.7")
     with pytest.raises(QllmValueError, match="source: " + words):
         qllm.quantize(matrix(), "nf4").error(array)
-    with pytest.raises(QllmValueError, match="x: expected|x: .*(byte order|masked|NumPy array)"):
+    with pytest.raises(QllmValueError, match="x: .*(expected|byte order|masked|NumPy array|device)"):
         qllm.quantize(matrix(), "nf4").matmul_reference(array)
     with pytest.raises(QllmValueError, match="layer.7(: format nf4 needs packed|.packed: )"):
         build("nf4", absmax=array, packed=array)
@@ -592,7 +595,7 @@ def test_long_names_are_cut_in_one_piece():
 
 def test_torch_tensors():
     torch = pytest.importorskip("torch")
-    with pytest.raises(QllmValueError, match="layer.7: the tensor is on meta; pass tensor.cpu"):
+    with pytest.raises(QllmValueError, match="layer.7: Tensor gives no NumPy array: .*meta"):
         qllm.quantize(torch.zeros(3, 4, device="meta"), "nf4", name="layer.7")
     with pytest.raises(QllmValueError, match="found float64"):
         qllm.quantize(torch.zeros(3, 4, dtype=torch.float64), "nf4")

@@ -4,6 +4,8 @@
 
 #include <numpy/arrayobject.h>
 
+#include "python/dlpack.h"
+
 int qllm_array_setup(void)
 {
     return PyArray_ImportNumPyAPI();
@@ -39,12 +41,14 @@ static const char *kind_name(qllm_array_kind kind)
     return "";
 }
 
-/* Turns what __array__ of a foreign object raised, such as torch about gradients, into one sentence
- * that names the argument; interrupts and lack of memory pass as they are. */
-static PyObject *array_method_failed(const qllm_state *state, PyObject *object, const char *name)
+/* Turns what __array__ or __dlpack__ of a foreign object raised, such as torch about gradients,
+ * into one sentence that names the argument; our own, interrupts and lack of memory pass as they
+ * are. */
+static PyObject *foreign_array_failed(const qllm_state *state, PyObject *object, const char *name)
 {
     PyObject *type, *value, *trace;
-    if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+    if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError) ||
+        PyErr_ExceptionMatches(state->base_error))
         return NULL;
     PyErr_Fetch(&type, &value, &trace);
     qllm_raise_value(state, "%s: %s gives no NumPy array: %S", name, Py_TYPE(object)->tp_name,
@@ -55,28 +59,95 @@ static PyObject *array_method_failed(const qllm_state *state, PyObject *object, 
     return NULL;
 }
 
-/* A NumPy array over the object's own memory or from its __array__; a bare __array_interface__ is
- * not believed, since its pointer cannot be checked.  New reference. */
-static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int sequences_too,
-                            const char *name)
+/* NumPy's type of an element of DLPack; bfloat16, which NumPy lacks, is its bits in uint16. */
+static int dlpack_type(const qllm_dlpack_view *view)
 {
+    static const int signed_types[] = {NPY_INT8, NPY_INT16, NPY_INT32, NPY_INT64};
+    static const int unsigned_types[] = {NPY_UINT8, NPY_UINT16, NPY_UINT32, NPY_UINT64};
+    static const int float_types[] = {NPY_NOTYPE, NPY_FLOAT16, NPY_FLOAT32, NPY_FLOAT64};
+    const int size = view->bits == 8 ? 0 : view->bits == 16 ? 1 : view->bits == 32 ? 2 : 3;
+    if (view->bits != 8 << size)
+        return NPY_NOTYPE;
+    switch (view->code) {
+    case QLLM_DLPACK_INT: return signed_types[size];
+    case QLLM_DLPACK_UINT: return unsigned_types[size];
+    case QLLM_DLPACK_FLOAT: return float_types[size];
+    case QLLM_DLPACK_BFLOAT: return size == 1 ? NPY_UINT16 : NPY_NOTYPE;
+    case QLLM_DLPACK_BOOL: return size == 0 ? NPY_BOOL : NPY_NOTYPE;
+    }
+    return NPY_NOTYPE;
+}
+
+/* An array over the memory of an object with __dlpack__. */
+static PyObject *from_dlpack(const qllm_state *state, PyObject *object, const char *name,
+                             int *is_bfloat16)
+{
+    qllm_dlpack_view view;
+    npy_intp shape[QLLM_DLPACK_DIMENSIONS], strides[QLLM_DLPACK_DIMENSIONS];
+    if (qllm_dlpack_import(state, object, name, &view) < 0)
+        return foreign_array_failed(state, object, name);
+    int type = dlpack_type(&view);
+    *is_bfloat16 = view.code == QLLM_DLPACK_BFLOAT;
+    for (int i = 0; i < view.ndim; i++) {
+        shape[i] = (npy_intp)view.shape[i];
+        strides[i] = (npy_intp)view.strides[i] * (view.bits / 8);
+    }
+    PyObject *array = NULL;
+    if (type == NPY_NOTYPE)
+        qllm_raise_value(state, "%s: DLPack's element type %d of %d bits has no place here", name,
+                         view.code, view.bits);
+    else
+        array = PyArray_New(&PyArray_Type, view.ndim, shape, type, strides, view.data, 0,
+                            view.read_only ? 0 : NPY_ARRAY_WRITEABLE, NULL);
+    if (array == NULL)
+        Py_DECREF(view.owner);
+    else if (PyArray_SetBaseObject((PyArrayObject *)array, view.owner) < 0) /* takes the owner */
+        Py_CLEAR(array);
+    else
+        PyArray_UpdateFlags((PyArrayObject *)array, NPY_ARRAY_UPDATE_ALL);
+    return array;
+}
+
+/* A NumPy array from __array__; NULL without an error where the object says by a TypeError that it
+ * has no NumPy type or no memory here, but may say more by DLPack. */
+static PyObject *from_array_method(const qllm_state *state, PyObject *object, int has_dlpack,
+                                   const char *name)
+{
+    PyObject *array = PyObject_CallMethod(object, "__array__", NULL);
+    if (array == NULL && has_dlpack && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        return NULL;
+    }
+    if (array == NULL)
+        return foreign_array_failed(state, object, name);
+    if (PyArray_Check(array))
+        return array;
+    Py_DECREF(array);
+    return qllm_raise_value(state, "%s: __array__ of %s gave no NumPy array; pass one", name,
+                            Py_TYPE(object)->tp_name);
+}
+
+/* A NumPy array over the object's own memory, from its __array__ or by DLPack; a bare
+ * __array_interface__ is not believed, since its pointer cannot be checked.  New reference.
+ * *is_bfloat16: its uint16 are bits of bfloat16. */
+static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int sequences_too,
+                            const char *name, int *is_bfloat16)
+{
+    *is_bfloat16 = 0;
     if (PyArray_Check(object) && PyObject_HasAttrString(object, "mask"))
         return qllm_raise_value(state, "%s: a masked array was given; fill the gaps with "
                                 "array.filled(value)", name);
     if (PyArray_Check(object))
         return Py_NewRef(object);
-    int has_array = PyObject_HasAttrString(object, "__array__");
     int is_sequence = sequences_too && (PyList_Check(object) || PyTuple_Check(object));
-    if (has_array) {
-        PyObject *array = PyObject_CallMethod(object, "__array__", NULL);
-        if (array == NULL)
-            return array_method_failed(state, object, name);
-        if (PyArray_Check(array))
+    int has_dlpack = PyObject_HasAttrString(object, "__dlpack__");
+    if (PyObject_HasAttrString(object, "__array__")) {
+        PyObject *array = from_array_method(state, object, has_dlpack, name);
+        if (array != NULL || PyErr_Occurred())
             return array;
-        Py_DECREF(array);
-        return qllm_raise_value(state, "%s: __array__ of %s gave no NumPy array; pass one", name,
-                                Py_TYPE(object)->tp_name);
     }
+    if (has_dlpack)
+        return from_dlpack(state, object, name, is_bfloat16);
     if (PyObject_CheckBuffer(object)) {
         PyObject *view = PyMemoryView_FromObject(object);
         PyObject *array = view ? PyArray_FromAny(view, NULL, 0, 0, 0, NULL) : NULL;
@@ -92,9 +163,6 @@ static PyObject *as_ndarray(const qllm_state *state, PyObject *object, int seque
         }
         return array;
     }
-    if (PyObject_HasAttrString(object, "__dlpack__"))
-        return qllm_raise_value(state, "%s: expected a NumPy array, found %s; pass "
-                                "numpy.from_dlpack(...) of it", name, Py_TYPE(object)->tp_name);
     return qllm_raise_value(state, "%s: expected a NumPy array, found %s", name,
                             Py_TYPE(object)->tp_name);
 }
@@ -134,7 +202,8 @@ PyObject *qllm_array_input(const qllm_state *state, PyObject *object, qllm_array
                            int ndim_min, int ndim_max, const char *name)
 {
     int sequences_too = kind == QLLM_ARRAY_I64 || kind == QLLM_ARRAY_F64;
-    PyObject *array = as_ndarray(state, object, sequences_too, name);
+    int is_bfloat16;
+    PyObject *array = as_ndarray(state, object, sequences_too, name, &is_bfloat16);
     if (array == NULL)
         return NULL;
     PyArrayObject *source = (PyArrayObject *)array;
@@ -145,7 +214,10 @@ PyObject *qllm_array_input(const qllm_state *state, PyObject *object, qllm_array
     else if (kind == QLLM_ARRAY_F64 && !PyArray_Check(object))
         fits = PyTypeNum_ISINTEGER(type) || PyTypeNum_ISFLOAT(type);
     PyObject *result = NULL;
-    if (!fits)
+    if (is_bfloat16)
+        qllm_raise_value(state, "%s: expected dtype %s, found bfloat16; convert it first", name,
+                         kind_name(kind));
+    else if (!fits)
         qllm_raise_value(state, "%s: expected dtype %s, found %R; convert it with .astype(...)",
                          name, kind_name(kind), PyArray_DESCR(source));
     else if (check_byte_order(state, source, name) == 0 &&
@@ -166,12 +238,14 @@ PyObject *qllm_array_input(const qllm_state *state, PyObject *object, qllm_array
 }
 
 /* The dtype of an unquantized array, by its NumPy type or, for bfloat16, by name. */
-static int tensor_dtype(const qllm_state *state, PyArrayObject *array, const char *dtype_name,
-                        const char *name, qllm_dtype *dtype)
+static int tensor_dtype(const qllm_state *state, PyArrayObject *array, int is_bfloat16,
+                        const char *dtype_name, const char *name, qllm_dtype *dtype)
 {
     int type = PyArray_TYPE(array);
     PyObject *descr_name = PyObject_GetAttrString((PyObject *)PyArray_DESCR(array), "name");
     const char *found = descr_name ? PyUnicode_AsUTF8(descr_name) : NULL;
+    if (is_bfloat16)
+        found = "bfloat16";
     int ok = 0;
     if (found == NULL) {
         Py_XDECREF(descr_name);
@@ -180,7 +254,7 @@ static int tensor_dtype(const qllm_state *state, PyArrayObject *array, const cha
     if (strcmp(found, "bfloat16") == 0 ||
         (type == NPY_UINT16 && dtype_name != NULL && strcmp(dtype_name, "bfloat16") == 0)) {
         *dtype = QLLM_BF16;
-        dtype_name = NULL;
+        found = "bfloat16";
         ok = 1;
     } else if (type == NPY_FLOAT32 || type == NPY_FLOAT16) {
         *dtype = type == NPY_FLOAT32 ? QLLM_F32 : QLLM_F16;
@@ -200,11 +274,13 @@ static int tensor_dtype(const qllm_state *state, PyArrayObject *array, const cha
 PyObject *qllm_array_tensor(const qllm_state *state, PyObject *object, const char *dtype_name,
                             const char *name, qllm_tensor *tensor)
 {
+    int is_bfloat16;
     PyObject *result = NULL;
-    PyObject *array = as_ndarray(state, object, 0, name);
+    PyObject *array = as_ndarray(state, object, 0, name, &is_bfloat16);
     if (array == NULL)
         return NULL;
-    if (tensor_dtype(state, (PyArrayObject *)array, dtype_name, name, &tensor->dtype) == 0 &&
+    if (tensor_dtype(state, (PyArrayObject *)array, is_bfloat16, dtype_name, name,
+                     &tensor->dtype) == 0 &&
         check_byte_order(state, (PyArrayObject *)array, name) == 0 &&
         check_ndim(state, array, 1, 2, name) == 0)
         result = contiguous(array, NULL);

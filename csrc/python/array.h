@@ -22,15 +22,15 @@ int qllm_array_setup(void);
 
 /* A new reference to a C-contiguous, aligned, native-order array of `kind` with ndim in
  * [ndim_min, ndim_max]: the object itself where it fits, else a copy of the same values (strided,
- * Fortran-ordered or misaligned input).  Accepts NumPy arrays, objects with __array__ or the buffer
- * protocol, and for I64 and F64 also sequences of numbers; another dtype or byte order is an
- * error. */
+ * Fortran-ordered or misaligned input).  Accepts NumPy arrays, objects with __array__, __dlpack__
+ * (memory of the CPU) or the buffer protocol, and for I64 and F64 also sequences of numbers;
+ * another dtype or byte order is an error. */
 PyObject *qllm_array_input(const qllm_state *state, PyObject *object, qllm_array_kind kind,
                            int ndim_min, int ndim_max, const char *name);
 
-/* The same for unquantized weights: float32, float16 or bfloat16 (ml_dtypes' bfloat16, or uint16
- * with dtype_name "bfloat16"), one or two dimensions; *tensor views the returned array, a vector as
- * one row.  dtype_name may be NULL. */
+/* The same for unquantized weights: float32, float16 or bfloat16 (ml_dtypes' bfloat16, that of
+ * DLPack, or uint16 with dtype_name "bfloat16"), one or two dimensions; *tensor views the returned
+ * array, a vector as one row.  dtype_name may be NULL. */
 PyObject *qllm_array_tensor(const qllm_state *state, PyObject *object, const char *dtype_name,
                             const char *name, qllm_tensor *tensor);
 

@@ -224,6 +224,46 @@ static PyObject *tensor_dequantize(PyObject *self, PyObject *unused)
     return array;
 }
 
+/* The values for who takes arrays: a new array of the asked dtype.  There is no memory to share, so
+ * copy=False is refused as NumPy asks for. */
+static PyObject *tensor_array(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"dtype", "copy", NULL};
+    PyObject *dtype = Py_None, *copy = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OO:__array__", names, &dtype, &copy))
+        return NULL;
+    if (copy == Py_False) {
+        PyErr_SetString(PyExc_ValueError, "copy=False: the values of a quantized tensor are "
+                        "computed anew, so that a copy cannot be avoided");
+        return NULL;
+    }
+    PyObject *array = tensor_dequantize(self, NULL);
+    if (array == NULL || dtype == Py_None)
+        return array;
+    PyObject *converted = PyObject_CallMethod(array, "astype", "O", dtype);
+    Py_DECREF(array);
+    return converted;
+}
+
+/* DLPack of the values, by NumPy, which knows both versions of the protocol. */
+static PyObject *tensor_dlpack(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    PyObject *array = tensor_dequantize(self, NULL), *capsule = NULL;
+    PyObject *method = array != NULL ? PyObject_GetAttrString(array, "__dlpack__") : NULL;
+    if (method != NULL)
+        capsule = PyObject_Call(method, args, kwargs);
+    Py_XDECREF(method);
+    Py_XDECREF(array);
+    return capsule;
+}
+
+static PyObject *tensor_dlpack_device(PyObject *self, PyObject *unused)
+{
+    (void)self;
+    (void)unused;
+    return Py_BuildValue("(ii)", 1, 0); /* the processor's memory */
+}
+
 static PyObject *tensor_error(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"source", "dtype", "name", NULL};
@@ -411,6 +451,9 @@ static PyMethodDef tensor_methods[] = {
      "(m, cols) or (cols,), y float32 (m, rows) or (rows,).  threshold is that of int8 outliers;\n"
      "batch_outliers takes the outlier columns of the whole batch, as bitsandbytes does.  tier is\n"
      "exact, int16 or int8 (4-bit weights whose blocks end with the rows) or bf16 (bf16 weights)."},
+    {"__array__", (PyCFunction)(void (*)(void))tensor_array, KEYWORDS, NULL},
+    {"__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, KEYWORDS, NULL},
+    {"__dlpack_device__", tensor_dlpack_device, METH_NOARGS, NULL},
     {"__copy__", tensor_copy, METH_NOARGS, NULL},
     {"__deepcopy__", tensor_copy, METH_O, NULL},
     {"__reduce__", tensor_reduce, METH_NOARGS, NULL},
