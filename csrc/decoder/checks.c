@@ -141,3 +141,11 @@ qllm_status qllm_check_row(const qllm_decoder_config *config, const qllm_row_fac
                          "sequence or pass fewer tokens", i, row->position, config->max_positions);
     return status;
 }
+
+qllm_status qllm_check_truncation(int64_t stored, int64_t length, qllm_error *error)
+{
+    if (length >= 0 && length <= stored)
+        return QLLM_OK;
+    return qllm_fail(error, QLLM_VALUE, "length: %" PRId64 " positions, but the sequence has "
+                     "stored %" PRId64 "; pass 0 to %" PRId64, length, stored, stored);
+}

@@ -55,4 +55,7 @@ typedef struct qllm_row_facts {
 qllm_status qllm_check_row(const qllm_decoder_config *config, const qllm_row_facts *row,
                            const int64_t *tokens, int64_t i, qllm_error *error);
 
+/* A sequence of `stored` positions that is to keep `length`. */
+qllm_status qllm_check_truncation(int64_t stored, int64_t length, qllm_error *error);
+
 #endif
