@@ -40,8 +40,8 @@ COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-m
           "-Wall", "-Wextra"]
 
 # What a device library (kernels/) holds of csrc/: formats and configurations mean the same there.
-DEVICE_C = ["csrc/core/*.c", "csrc/decoder/config.c", "csrc/decoder/positions.c",
-            "csrc/decoder/slots.c"]
+DEVICE_C = ["csrc/core/*.c", "csrc/decoder/checks.c", "csrc/decoder/config.c",
+            "csrc/decoder/positions.c", "csrc/decoder/slots.c"]
 
 
 def sources(left_out: str) -> list[str]:
@@ -124,7 +124,7 @@ def compile_flags() -> list[str]:
 
 
 def extension() -> Extension:
-    compile_args, link_args = compile_flags(), ["-lm", "-lpthread"]
+    compile_args, link_args = compile_flags(), ["-lm", "-lpthread", "-ldl"]
     if sanitize := os.environ.get("QLLM_SANITIZE"):
         compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1",
                          "-DQLLM_PLAIN_INLINE"]

@@ -20,6 +20,7 @@
 
 extern "C" {
 #include "core/backend.h"
+#include "decoder/checks.h"
 #include "decoder/config.h"
 #include "decoder/positions.h"
 #include "decoder/slots.h"
@@ -33,6 +34,7 @@ enum { GPU_STEP_ROWS = 512 }; /* rows of a chunk; 256, the CPU's, with int8_batc
 typedef struct gpu_rows {
     int n, padded;
     int wanted;                /* rows of logits; `padded` when every row is wanted */
+    int sequences;             /* runs of rows of one sequence; 0 for rows without */
     int positions_end;         /* the largest position of the chunk + 1 */
     int max_pages;             /* a power of two */
     const int32_t *tokens;     /* (padded); not set for rows that come as hidden states */
@@ -44,9 +46,12 @@ typedef struct gpu_rows {
     void *const *page_base;    /* page number -> its memory (pages.h) */
 } gpu_rows;
 
-/* Buffers of a chunk; they grow, as powers of two, and are kept.  Rows have no gaps between them. */
+/* Buffers of a chunk, one after the other in one piece of memory; they grow, as powers of two, and
+ * are kept.  Rows have no gaps between them. */
 typedef struct gpu_scratch {
     int64_t rows;            /* that the row buffers hold */
+    int64_t row_bytes;       /* of all of them */
+    void *row_memory;
     float *x;                /* (rows, hidden) the residual stream */
     float *normed, *normed2; /* (rows, hidden) */
     float *branch, *branch2; /* (rows, hidden) results of attention and mlp */
@@ -75,6 +80,7 @@ struct qllm_decoder {
     float int8_threshold;
     bool int8_batch;
     gpu_device device;
+    char variant[16];     /* of the kernels: "sm_90" */
     gpu_stream stream;
     pthread_mutex_t lock;
     int64_t generation;   /* changes whenever memory that a launch was given may have moved */
@@ -126,10 +132,23 @@ void gpu_auto_graphs_destroy(gpu_graphs *graphs);
 /* What the exact linear kernel of a format is called: "nf4 cuda, exact". Static. */
 const char *gpu_exact_linear_name(qllm_format format);
 
-/* slots_device.cu: the entries of core/backend.h over weights; they take the lock. */
+/* slots_device.cu: as in core/backend.h; the caller holds the lock. */
 qllm_status gpu_slots_init(qllm_decoder *decoder, qllm_error *error);
 void gpu_slots_clear(qllm_decoder *decoder);
-/* The slots in [begin, end) are set, as far as they are needed; the caller holds the lock. */
+bool gpu_slot_is_set(const qllm_decoder *decoder, int64_t index);
+qllm_status gpu_slot_put_linear(qllm_decoder *decoder, const qllm_weight_source *source,
+                                qllm_error *error);
+qllm_status gpu_slot_put_vector(qllm_decoder *decoder, const char *slot, const float *values,
+                                int64_t n, qllm_error *error);
+qllm_status gpu_slot_put_embedding(qllm_decoder *decoder, const qllm_weight_source *source,
+                                   qllm_error *error);
+qllm_status gpu_slot_tie(qllm_decoder *decoder, qllm_error *error);
+qllm_status gpu_slot_get(qllm_decoder *decoder, const char *slot, qllm_qweight *out,
+                         qllm_error *error);
+void gpu_slots_bytes(const qllm_decoder *decoder, int64_t *weights, int64_t *embedding);
+int gpu_slots_kernels(const qllm_decoder *decoder, qllm_format format, const char **names,
+                      int capacity);
+/* The slots in [begin, end) are set, as far as they are needed. */
 qllm_status gpu_slots_check(const qllm_decoder *decoder, int64_t begin, int64_t end,
                             qllm_error *error);
 

@@ -54,6 +54,14 @@ qllm_gpu_error gpu_driver_memory(int64_t *free_bytes)
     return result(code);
 }
 
+void gpu_driver_version(char *out, int64_t capacity)
+{
+    int version = 0; /* 1000 major + 10 minor */
+    result(cudaDriverGetVersion(&version));
+    qllm_format_text(out, static_cast<size_t>(capacity), "CUDA %d.%d", version / 1000,
+                     version % 1000 / 10);
+}
+
 qllm_gpu_error gpu_driver_alloc(int64_t bytes, void **out)
 {
     return result(cudaMalloc(out, static_cast<size_t>(bytes)));

@@ -9,6 +9,7 @@ qllm_gpu_error gpu_driver_count(int *count);
 qllm_gpu_error gpu_driver_use(int index);
 qllm_gpu_error gpu_driver_describe(int index, gpu_device *out); /* all but `held` */
 qllm_gpu_error gpu_driver_memory(int64_t *free_bytes);          /* of the current device */
+void gpu_driver_version(char *out, int64_t capacity);           /* of the driver, as a text */
 qllm_gpu_error gpu_driver_alloc(int64_t bytes, void **out);     /* bytes > 0 */
 void gpu_driver_free(void *memory);
 qllm_gpu_error gpu_driver_alloc_host(int64_t bytes, void **out); /* bytes > 0 */

@@ -5,7 +5,7 @@
  *     [layer][kv_head][keys (GPU_PAGE, head_dim) | values (GPU_PAGE, head_dim)]
  * in float32 for compute="exact" and bf16 for "auto".  A sequence is a list of page numbers, and a
  * page is reference-counted: forks share all pages of what they fork from, and who writes into a
- * partly filled page that others hold too gets a copy of it first.  So a prefix is stored once, sums
+ * partly filled page that others hold too gets a copy first.  So a prefix is stored once, sums
  * over the positions of a page never depend on who shares it, and stored keys are never changed.
  *
  * Pages lie in slabs, allocated as they are needed; free pages are used again, and slabs without a
@@ -45,7 +45,7 @@ typedef struct gpu_pages {
     int64_t free_pages, held; /* pages free and in use */
     void **base;              /* device: page number -> memory, for gpu_rows */
     int64_t base_capacity;
-    bool moved;               /* base has another address than at the last gpu_pages_table */
+    bool moved;               /* base has a new address since somebody set this to false */
 } gpu_pages;
 
 struct qllm_sequence {
@@ -56,7 +56,7 @@ struct qllm_sequence {
     int64_t pages, capacity;
     /* Of the step in progress: */
     int64_t pending;     /* positions that it appends; 0 outside of a step */
-    int64_t kept;        /* pages that stay if it is undone */
+    int64_t kept;        /* pages that stay if it is undone; all of them outside of a step */
     int32_t copied_from; /* what page[kept - 1] is a copy of, or -1 */
 };
 

@@ -9,6 +9,7 @@
 
 
 enum { OLDEST_MAJOR = 8 }; /* mma of bf16 and cp.async */
+enum { RESERVE = 20 }; /* 1/20 of the memory stays free: for the driver, and who shares the device */
 
 /* Who holds what: gpu_free knows only the pointer. */
 struct holding {
@@ -75,15 +76,17 @@ qllm_status gpu_alloc(gpu_device *device, int64_t bytes, void **out, int memory,
     *out = NULL;
     if (bytes < 0)
         return qllm_fail(error, QLLM_INTERNAL, "%s: %" PRId64 " bytes of memory", what, bytes);
-    qllm_gpu_error code = gpu_driver_alloc(bytes > 0 ? bytes : 1, out);
-    if (gpu_driver_lacks_memory(code)) {
-        int64_t unused = 0;
-        gpu_driver_memory(&unused);
+    int64_t usable = 0;
+    qllm_gpu_error code = gpu_driver_memory(&usable);
+    usable -= device->memory_bytes / RESERVE;
+    bool lacks = code == 0 && bytes > usable;
+    if (code == 0 && !lacks)
+        code = gpu_driver_alloc(bytes > 0 ? bytes : 1, out);
+    if (lacks || gpu_driver_lacks_memory(code))
         return qllm_fail(error, QLLM_MEMORY,
                          "%s: needs %" PRId64 " bytes of memory on %s, where %" PRId64 " of %" PRId64
-                         " are free; use a smaller model, batch or format", what, bytes,
-                         device->name, unused, device->memory_bytes);
-    }
+                         " can be used; use a smaller model, batch or format", what, bytes,
+                         device->name, usable > 0 ? usable : 0, device->memory_bytes);
     if (code != 0)
         return gpu_check(code, what, error);
     std::lock_guard<std::mutex> lock(holdings_mutex);

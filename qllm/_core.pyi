@@ -1,5 +1,6 @@
 """The C core. Arrays come in as NumPy arrays, or as objects with `__array__` or a buffer."""
 
+from os import PathLike
 from typing import Any, Literal, TypedDict, final, type_check_only
 
 import numpy as np
@@ -124,12 +125,14 @@ def sample(
     prompt: Any = 0,
     step: Any = 0,
     keep_ties: Any = False,
+    round_bf16: Any = False,
     history: Any = None,
     isa: str | None = None,
     threads: int | None = None,
 ) -> tuple[Any, Any, Any]:
     """tokens int64, logprobs float32, sampling_logprobs float32: arrays (n,), or numbers for one
-    row. isa: an instruction set, or "core" for the plain reference; the bits are the same."""
+    row. isa: an instruction set, or "core" for the plain reference; the bits are the same.
+    round_bf16: the logits are rounded to bfloat16 first."""
 
 def distribution(
     logits: Any,
@@ -250,6 +253,22 @@ def multiply_limit(
 ) -> int:
     """Multiply-adds done in registers in `turns` turns on every thread."""
 
+# devices: csrc/python/py_device.c
+
+@type_check_only
+class DeviceInfo(TypedDict):
+    name: str
+    variant: str
+    driver: str
+    memory: int
+    free: int
+
+def device_info(device: str, /) -> DeviceInfo | None:
+    """A device that is not the processor, opened when asked for; None for "cpu"."""
+
+def _load_device(path: str | PathLike[str], /) -> str:
+    """Opens the plugin of a device; returns its name."""
+
 # the decoder: csrc/python/py_decoder.c over csrc/core/backend.h
 
 @final
@@ -320,6 +339,32 @@ class Decoder:
     ) -> NDArray[np.float32]:
         """Logits (wanted rows, vocab) of one row per (sequences[i], tokens[i]); the rows of a
         sequence are consecutive and are its next positions. want bool (n,). All or nothing."""
+    def step_draw(
+        self,
+        sequences: list[Sequence] | tuple[Sequence, ...],
+        tokens: Any,
+        want: Any,
+        rows: Any,
+        *,
+        temperature: Any = 1.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
+        min_p: Any = 0.0,
+        repetition_penalty: Any = 1.0,
+        seed: Any = 0,
+        prompt: Any = 0,
+        step: Any = 0,
+        keep_ties: Any = False,
+        round_bf16: Any = False,
+        history: Any = None,
+        logits: bool = False,
+        threads: int | None = None,
+    ) -> tuple[
+        NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None
+    ]:
+        """step, and draws from its logits as by sample: tokens, logprobs, sampling_logprobs (draws)
+        and the logits, if asked for. rows: the wanted row of each draw, ascending. The draws are
+        made on the device where it offers that. All or nothing, a draw's error included."""
     def embed(self, tokens: Any, /) -> NDArray[np.float32]:
         """Hidden states (n, hidden) of token ids; needs the embedding alone."""
     def blocks(

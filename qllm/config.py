@@ -264,6 +264,9 @@ def _eos(value: Any) -> tuple[int, ...] | None:
     return tuple(found)
 
 
+DEVICES = ("cpu", "cuda")
+"""Where a model can compute: the processor, or an NVIDIA GPU where `qllm info` names one."""
+
 COMPUTES = ("exact", "auto", "int8")
 """float32 activations; the fastest rounding of activations that is no coarser than bfloat16; int8
 activations for 4-bit weights, else as auto."""

@@ -18,7 +18,6 @@ import numpy as np
 from . import _core
 from .config import GenerationConfig, as_integer
 from .errors import QllmUnsupportedError, QllmValueError
-from .sampling import round_logits
 from .strict_json import quoted
 from .tokenizer import TextStream, Tokenizer
 
@@ -129,7 +128,7 @@ class _Prompt:
     ids: tuple[int, ...]
     waiting: deque[Row] = field(default_factory=deque)
     sequence: Any = None
-    logits: np.ndarray | None = None  # of its last position, (1, vocab)
+    logits: np.ndarray | None = None  # of its last position, (1, vocab), while rows wait
 
 
 @dataclass(eq=False)
@@ -150,27 +149,25 @@ def run(decoder: Any, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
     freed with them.
     """
     prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()
-    threads = decoder.info()["threads"]
+    threads = host_threads(decoder)
     for row in rows:
         prompts.setdefault(row.prompt_ids, _Prompt(row.prompt_ids)).waiting.append(row)
     queue = deque(prompts.values())
     lanes: list[_Lane] = []
     while lanes or queue:
         entering = _enter(queue, batch_size - sum(len(lane.rows) for lane in lanes))
-        new = [prompt for prompt, _ in entering if prompt.sequence is None]
-        logits = _step(decoder, lanes, new)
-        for prompt, row_logits in zip(new, logits[len(lanes) :]):
-            prompt.logits = row_logits[None].copy()  # not a view that keeps the whole step alive
+        known = [(prompt, rows) for prompt, rows in entering if prompt.sequence is not None]
+        new = [(prompt, rows) for prompt, rows in entering if prompt.sequence is None]
         drawn = [row for lane in lanes for row in lane.rows]
-        _draw_lanes(lanes, logits[: len(lanes)], threads)
-        for prompt, started in entering:
+        _step(decoder, lanes, new, threads)
+        for prompt, started in known:
             assert prompt.logits is not None
             draw(started, np.repeat(prompt.logits, len(started), axis=0), threads)
+        for prompt, started in entering:
             lanes.append(_Lane(started, prompt.sequence.fork()))
             if not prompt.waiting:
                 prompt.sequence = prompt.logits = None
             drawn += started
-        del logits
         lanes = [part for lane in lanes for part in _parted(lane)]  # frees what none needs
         yield from drawn
 
@@ -188,29 +185,36 @@ def _enter(queue: deque[_Prompt], places: int) -> list[tuple[_Prompt, list[Row]]
     return entering
 
 
-def _step(decoder: Any, lanes: list[_Lane], new: list[_Prompt]) -> np.ndarray:
-    """Logits after the last token of each lane, then of each new prompt."""
+def _step(
+    decoder: Any, lanes: list[_Lane], new: list[tuple[_Prompt, list[Row]]], threads: int | None
+) -> None:
+    """Draws the next token of every row of the lanes, then the first one of the rows that start
+    with each new prompt, in one step; keeps the logits of prompts that more rows wait for."""
     sequences, tokens = [lane.sequence for lane in lanes], [lane.rows[0].ids[-1] for lane in lanes]
     want = [True] * len(lanes)
     made = [decoder.sequence() for _ in new]
-    for prompt, sequence in zip(new, made):
+    for (prompt, _), sequence in zip(new, made):
         sequences += [sequence] * len(prompt.ids)
         tokens += prompt.ids
         want += [False] * (len(prompt.ids) - 1) + [True]
     if not sequences:
-        return np.empty((0, 0), np.float32)
-    logits: np.ndarray = decoder.step(sequences, np.array(tokens, np.int64), np.array(want))
-    for prompt, sequence in zip(new, made):
+        return
+    groups = [lane.rows for lane in lanes] + [started for _, started in new]
+    rows = [row for group in groups for row in group]
+    *drawn, logits = decoder.step_draw(
+        sequences,
+        np.array(tokens, np.int64),
+        np.array(want),
+        np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
+        **_options(rows),
+        logits=any(prompt.waiting for prompt, _ in new),
+        threads=threads,
+    )
+    _add(rows, drawn)
+    for place, ((prompt, _), sequence) in enumerate(zip(new, made), len(lanes)):
         prompt.sequence = sequence
-    return logits
-
-
-def _draw_lanes(lanes: list[_Lane], logits: np.ndarray, threads: int) -> None:
-    """Draws the next token of every row of the lanes, whose logits are (lanes, vocab)."""
-    counts = [len(lane.rows) for lane in lanes]
-    if any(count > 1 for count in counts):
-        logits = np.repeat(logits, counts, axis=0)
-    draw([row for lane in lanes for row in lane.rows], logits, threads)
+        if prompt.waiting:  # not a view that keeps the whole step alive
+            prompt.logits = logits[place : place + 1].copy()
 
 
 def _parted(lane: _Lane) -> list[_Lane]:
@@ -228,35 +232,46 @@ def _parted(lane: _Lane) -> list[_Lane]:
     return parts
 
 
-def draw(rows: list[Row], logits: np.ndarray, threads: int) -> None:
+def draw(rows: list[Row], logits: np.ndarray, threads: int | None) -> None:
     """Draws the next token of each row from its logits (rows, vocab), as its options say."""
-    if not rows:
-        return
+    if rows:
+        _add(rows, _core.sample(logits, **_options(rows), threads=threads))
+
+
+def _options(rows: list[Row]) -> dict[str, Any]:
+    """The options of the next draw of each row, as `_core.sample` takes them."""
     configs = [row.config for row in rows]
-    rounded = [i for i, config in enumerate(configs) if config.logits_dtype != "float32"]
-    if rounded:
-        logits = logits.copy()
-        logits[rounded] = round_logits(logits[rounded], "bfloat16")
     penalized = any(config.repetition_penalty != 1 for config in configs)
     histories = [
         [*row.prompt_ids, *row.ids] if row.config.repetition_penalty != 1 else None for row in rows
     ]
-    tokens, logprobs, sampling = _core.sample(
-        logits,
-        temperature=[0.0 if config.greedy else config.temperature for config in configs],
-        top_k=[config.top_k for config in configs],
-        top_p=[config.top_p for config in configs],
-        min_p=[config.min_p for config in configs],
-        repetition_penalty=[config.repetition_penalty for config in configs],
-        seed=[config.seed for config in configs],
-        prompt=[row.prompt_key for row in rows],
-        step=[len(row.ids) for row in rows],
-        keep_ties=[config.keep_ties for config in configs],
-        history=histories if penalized else None,
-        threads=threads,
-    )
-    for row, *drawn in zip(rows, tokens.tolist(), logprobs.tolist(), sampling.tolist()):
-        row.add(*drawn)
+    return {
+        "temperature": [0.0 if config.greedy else config.temperature for config in configs],
+        "top_k": [config.top_k for config in configs],
+        "top_p": [config.top_p for config in configs],
+        "min_p": [config.min_p for config in configs],
+        "repetition_penalty": [config.repetition_penalty for config in configs],
+        "seed": [config.seed for config in configs],
+        "prompt": [row.prompt_key for row in rows],
+        "step": [len(row.ids) for row in rows],
+        "keep_ties": [config.keep_ties for config in configs],
+        "round_bf16": [config.logits_dtype == "bfloat16" for config in configs],
+        "history": histories if penalized else None,
+    }
+
+
+def _add(rows: list[Row], drawn: Sequence[np.ndarray]) -> None:
+    """Gives each row its token, logprob and sampling_logprob."""
+    for row, *values in zip(rows, *(array.tolist() for array in drawn)):
+        row.add(*values)
+
+
+def host_threads(decoder: Any) -> int | None:
+    """The threads for what is computed here from a decoder's logits: its own, where it computes
+    here too, else all (None)."""
+    info = decoder.info()
+    threads: int = info["threads"]
+    return threads if info["device"] == "cpu" else None
 
 
 # ------------------------------------------------------------------------------- from the caller

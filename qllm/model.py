@@ -442,7 +442,7 @@ class Model:
         vocab = self.architecture.decoder["vocab"]
         piece = max(1, _LOGITS_PER_PIECE // vocab)
         sequence, inputs, targets = self.decoder.sequence(), ids[:-1], ids[1:]
-        threads = self.decoder.info()["threads"]
+        threads = _generation.host_threads(self.decoder)
         parts = []
         for start in range(0, len(inputs), piece):
             tokens = np.array(inputs[start : start + piece], np.int64)

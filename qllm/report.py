@@ -137,6 +137,7 @@ class ModelInfo:
     def _lines(self) -> list[tuple[str, str]]:
         formats = ", ".join(f"{name}: {count} layers" for name, count in self.formats.items())
         held = ", ".join(f"{name} {size_text(size)}" for name, size in self.bytes.items())
+        threads = f", {self.threads} threads" if self.device == "cpu" else ""
         lines = [
             ("model", self.name),
             ("architecture", f"{self.architecture}, {self.layers} blocks of width {self.hidden}"),
@@ -145,8 +146,8 @@ class ModelInfo:
             ("positions", str(self.max_positions)),
             ("formats", formats),
             ("memory", held),
-            ("device", f"{self.device}, {self.isa}, {self.threads} threads"),
-            ("processor", self.cpu),
+            ("device", f"{self.device}, {self.isa}" + threads),
+            ("processor" if self.device == "cpu" else "GPU", self.cpu),
             ("compute", self.compute),
         ]
         lines += [("kernels", f"{name}: {', '.join(run)}") for name, run in self.kernels.items()]

@@ -40,16 +40,16 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, with the special tokens (such as BOS) that tokenizer.json
-        adds."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of `text`, with the special tokens (such as BOS) that tokenizer.json adds,
+        unless they are not wanted."""
         if not isinstance(text, str):
             raise QllmValueError(f"a text was expected, not a {type(text).__name__}")
         surrogate = lone_surrogate(text)
         if surrogate:
             raise QllmValueError(f"the text {quoted(text, 40)} has {surrogate}")
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=True).ids
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except BaseException as error:
             raise _refusal(error, f"the text {quoted(text, 40)} cannot be encoded")
         for token in ids:

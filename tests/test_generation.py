@@ -103,9 +103,9 @@ def test_equal_prompts_are_computed_once_and_freed(
         def __getattr__(self, name: str) -> Any:
             return getattr(decoder, name)
 
-        def step(self, sequences: Any, tokens: Any, want: Any) -> np.ndarray:
+        def step_draw(self, sequences: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
             steps.append((len(tokens), decoder.nbytes()["kv_cache"]))
-            return decoder.step(sequences, tokens, want)
+            return decoder.step_draw(sequences, tokens, *rest, **options)
 
     monkeypatch.setattr(model, "decoder", Watched())
     prompt = list(range(3, 60))
@@ -129,10 +129,10 @@ def test_keys_and_values_are_freed_when_rows_finish(
         def __getattr__(self, name: str) -> Any:
             return getattr(decoder, name)
 
-        def step(self, sequences: Any, tokens: Any, want: Any) -> np.ndarray:
-            logits = decoder.step(sequences, tokens, want)
+        def step_draw(self, *rows: Any, **options: Any) -> Any:
+            drawn = decoder.step_draw(*rows, **options)
             held.append(decoder.nbytes()["kv_cache"])
-            return logits
+            return drawn
 
     monkeypatch.setattr(model, "decoder", Watched())
     requests = [Request([i + 3] * 40, GenerationConfig(max_new_tokens=2)) for i in range(8)]
@@ -290,12 +290,18 @@ def test_the_eos_of_the_folder_is_the_default(folder: Path, tmp_path: Path) -> N
 def forced(model: qllm.Model, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
     """Makes the model draw `ids`, one after the other, whatever its logits."""
 
-    def sample(logits: np.ndarray, **options: Any) -> Any:
-        tokens = np.array([ids[step] for step in options["step"]])
-        zeros = np.zeros(len(tokens), np.float32)
-        return tokens, zeros, zeros
+    decoder = model.decoder
 
-    monkeypatch.setattr(qllm.generation._core, "sample", sample)
+    class Forced:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(decoder, name)
+
+        def step_draw(self, *rows: Any, **options: Any) -> Any:
+            *drawn, logits = decoder.step_draw(*rows, **options)
+            drawn[0] = np.array([ids[step] for step in options["step"]])
+            return *drawn, logits
+
+    monkeypatch.setattr(model, "decoder", Forced())
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[qllm.Model, list[int]]:
         def __getattr__(self, name: str) -> Any:
             return getattr(decoder, name)
 
-        def step(self, sequences: Any, tokens: Any, want: Any) -> np.ndarray:
+        def step_draw(self, sequences: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
             steps.append(len(tokens))
-            return decoder.step(sequences, tokens, want)
+            return decoder.step_draw(sequences, tokens, *rest, **options)
 
     monkeypatch.setattr(model, "decoder", Watched())
     return model, steps

@@ -72,9 +72,20 @@ typedef struct qllm_decoder_info {
     bool int8_batch;
 } qllm_decoder_info;
 
+/* A device itself, whether a decoder uses it or not. */
+typedef struct qllm_device_facts {
+    char name[96];
+    char variant[16]; /* of the kernels: "sm_90" */
+    char driver[48];  /* and its version */
+    int64_t memory_bytes, free_bytes;
+} qllm_device_facts;
+
 typedef struct qllm_backend {
     int abi;          /* QLLM_BACKEND_ABI of the headers it was built with */
     const char *name; /* "cpu" */
+
+    /* NULL: the device is the processor. */
+    qllm_status (*device)(qllm_device_facts *out, qllm_error *error);
 
     /* The config and what it points to are copied. */
     qllm_status (*decoder_create)(const struct qllm_decoder_config *config,
@@ -162,6 +173,11 @@ typedef struct qllm_backend {
      * into `names`, returns how many; 0 when no slot holds the format.  Static texts. */
     int (*kernels)(qllm_decoder *decoder, qllm_format format, const char **names, int capacity);
 } qllm_backend;
+
+/* The one function that a plugin exports: its table, which lasts for the life of the process; NULL
+ * with a sentence where its device cannot be used. */
+#define QLLM_DEVICE_TABLE "qllm_device_table"
+typedef const qllm_backend *(*qllm_device_table_function)(qllm_error *error);
 
 /* Adds an entry, which must last for the life of the process.  Registering the same entry again is
  * allowed; another ABI number or a second entry of the same name is an error. */

@@ -5,6 +5,7 @@
 
 #include "core/alloc.h"
 #include "core/checked.h"
+#include "decoder/checks.h"
 
 void qllm_kv_cache_init(qllm_kv_cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim)
 {
@@ -102,10 +103,9 @@ void qllm_kv_sequence_destroy(qllm_sequence *sequence)
 
 qllm_status qllm_kv_truncate(qllm_sequence *sequence, int64_t length, qllm_error *error)
 {
-    int64_t stored = atomic_load(&sequence->length);
-    if (length < 0 || length > stored)
-        return qllm_fail(error, QLLM_VALUE, "length: %" PRId64 " positions, but the sequence has "
-                         "stored %" PRId64 "; pass 0 to %" PRId64, length, stored, stored);
+    qllm_status status = qllm_check_truncation(atomic_load(&sequence->length), length, error);
+    if (status != QLLM_OK)
+        return status;
     qllm_kv_block *tail = sequence->tail;
     while (tail != NULL && tail->start >= length)
         tail = tail->parent;

@@ -1,7 +1,5 @@
 #include "decoder/step.h"
 
-#include <inttypes.h>
-
 /* The rows of a step; of its blocks alone, without tokens. */
 typedef struct batch {
     qllm_sequence *const *sequences;
@@ -22,47 +20,23 @@ static qllm_status check_weights(const qllm_decoder *decoder, int64_t begin, int
     int64_t index = qllm_weights_missing(&decoder->weights, &decoder->config, begin, end);
     if (index < 0)
         return QLLM_OK;
-    qllm_slot slot;
-    qllm_slot_describe(&decoder->config, index, &slot);
-    return qllm_fail(error, QLLM_VALUE, "slot '%s': no weight has been set yet; missing() lists "
-                     "all such slots", slot.name);
-}
-
-static qllm_status check_token(const qllm_decoder *decoder, const int64_t *tokens, int64_t i,
-                               qllm_error *error)
-{
-    int64_t vocab = decoder->config.vocab;
-    if (tokens[i] >= 0 && tokens[i] < vocab)
-        return QLLM_OK;
-    return qllm_fail(error, QLLM_VALUE, "tokens[%" PRId64 "]: token id %" PRId64 ", expected 0 to "
-                     "%" PRId64, i, tokens[i], vocab - 1);
+    return qllm_refuse_missing(&decoder->config, index, error);
 }
 
 /* Checks row i and counts it as pending in its sequence. */
 static qllm_status check_row(const qllm_decoder *decoder, const batch *b, int64_t i,
                              qllm_error *error)
 {
-    const qllm_decoder_config *config = &decoder->config;
     qllm_sequence *sequence = b->sequences[i];
-    if (sequence->decoder != decoder)
-        return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: made by another decoder; use "
-                         "this decoder's sequence()", i);
-    if (starts_run(b, i) && sequence->pending > 0)
-        return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: the rows of a sequence must "
-                         "be consecutive, but it was named before row %" PRId64 " already", i,
-                         i - 1);
-    if (b->tokens != NULL) {
-        qllm_status status = check_token(decoder, b->tokens, i, error);
-        if (status != QLLM_OK)
-            return status;
-    }
-    int64_t position = atomic_load(&sequence->length) + sequence->pending;
-    if (position >= config->max_positions)
-        return qllm_fail(error, QLLM_VALUE, "sequences[%" PRId64 "]: position %" PRId64 " is "
-                         "beyond the model's last one, max_positions is %" PRId64 "; truncate the "
-                         "sequence or pass fewer tokens", i, position, config->max_positions);
-    sequence->pending++;
-    return QLLM_OK;
+    const qllm_row_facts facts = {
+        .position = atomic_load(&sequence->length) + sequence->pending,
+        .foreign = sequence->decoder != decoder,
+        .parted = starts_run(b, i) && sequence->pending > 0,
+    };
+    qllm_status status = qllm_check_row(&decoder->config, &facts, b->tokens, i, error);
+    if (status == QLLM_OK)
+        sequence->pending++;
+    return status;
 }
 
 static qllm_status check_rows(const qllm_decoder *decoder, const batch *b, qllm_error *error)
@@ -219,7 +193,7 @@ qllm_status qllm_cpu_embed(qllm_decoder *decoder, const int64_t *tokens, int64_t
     int64_t slot = qllm_slot_of_embedding(&decoder->config);
     qllm_status status = check_weights(decoder, slot, slot + 1, error);
     for (int64_t i = 0; status == QLLM_OK && i < n; i++)
-        status = check_token(decoder, tokens, i, error);
+        status = qllm_check_token(&decoder->config, tokens, i, error);
     for (int64_t i = 0; status == QLLM_OK && i < n; i++)
         qllm_weights_embed(&decoder->weights, tokens[i], hidden + i * decoder->config.hidden);
     return status;

@@ -1,10 +1,8 @@
 #include "decoder/weights.h"
 
-#include <inttypes.h>
 #include <string.h>
 
 #include "core/alloc.h"
-#include "core/linear_ref.h"
 
 qllm_status qllm_weights_init(const qllm_decoder_config *config, qllm_weights *weights,
                               qllm_error *error)
@@ -46,40 +44,6 @@ void qllm_weights_clear(qllm_weights *weights)
     memset(weights, 0, sizeof *weights);
 }
 
-/* The slot of that name, which must be of `kind`. */
-static qllm_status find_slot(const qllm_decoder_config *config, const char *name,
-                             qllm_slot_kind kind, int64_t *index, qllm_slot *slot,
-                             qllm_error *error)
-{
-    static const char *const setters[] = {"set_linear", "set_vector", "set_embedding"};
-    *index = qllm_slot_find(config, name);
-    if (*index < 0)
-        return qllm_fail(error, QLLM_VALUE, "slot '%.80s': this decoder has no such slot; slots() "
-                         "lists them", name);
-    qllm_slot_describe(config, *index, slot);
-    if (slot->kind != kind)
-        return qllm_fail(error, QLLM_VALUE, "slot '%s': this slot is set with %s, not with %s",
-                         name, setters[slot->kind], setters[kind]);
-    return QLLM_OK;
-}
-
-static qllm_status check_shape(const qllm_slot *slot, const qllm_weight_source *source,
-                               qllm_error *error)
-{
-    int64_t rows = source->weight != NULL ? source->weight->rows : source->values->rows;
-    int64_t cols = source->weight != NULL ? source->weight->cols : source->values->cols;
-    if (rows == slot->rows && cols == slot->cols)
-        return QLLM_OK;
-    return qllm_fail(error, QLLM_VALUE, "slot '%s': the weight has shape (%" PRId64 ", %" PRId64
-                     "), expected (%" PRId64 ", %" PRId64 ")", slot->name, rows, cols, slot->rows,
-                     slot->cols);
-}
-
-static qllm_format format_of(const qllm_weight_source *source)
-{
-    return source->weight != NULL ? source->weight->format : source->format;
-}
-
 static qllm_status pack(const qllm_packer *packer, const qllm_slot *slot,
                         const qllm_weight_source *source, qllm_packed **out, qllm_error *error)
 {
@@ -106,18 +70,9 @@ qllm_status qllm_weight_pack(const qllm_decoder_config *config, const qllm_packe
 {
     qllm_slot slot;
     memset(out, 0, sizeof *out);
-    qllm_status status = find_slot(config, source->slot, QLLM_SLOT_LINEAR, index, &slot, error);
-    if (status == QLLM_OK)
-        status = check_shape(&slot, source, error);
+    qllm_status status = qllm_check_linear(config, source, index, &slot, error);
     if (status != QLLM_OK)
         return status;
-    if (source->bias != NULL && source->bias_length != slot.rows)
-        return qllm_fail(error, QLLM_VALUE, "slot '%s': the bias has %" PRId64 " values, expected %"
-                         PRId64, slot.name, source->bias_length, slot.rows);
-    if (format_of(source) == QLLM_FORMAT_INT8 && slot.cols > QLLM_INT8_MAX_COLS)
-        return qllm_fail(error, QLLM_UNSUPPORTED, "slot '%s': int8 is offered for at most %d "
-                         "columns, found %" PRId64 "; use another format", slot.name,
-                         QLLM_INT8_MAX_COLS, slot.cols);
     if (source->bias != NULL)
         status = copy_floats(source->bias, source->bias_length, slot.name, &out->values, error);
     if (status == QLLM_OK)
@@ -135,12 +90,9 @@ qllm_status qllm_weight_vector(const qllm_decoder_config *config, const char *sl
 {
     qllm_slot slot;
     memset(out, 0, sizeof *out);
-    qllm_status status = find_slot(config, slot_name, QLLM_SLOT_VECTOR, index, &slot, error);
+    qllm_status status = qllm_check_vector(config, slot_name, n, index, &slot, error);
     if (status != QLLM_OK)
         return status;
-    if (n != slot.rows)
-        return qllm_fail(error, QLLM_VALUE, "slot '%s': %" PRId64 " values, expected %" PRId64,
-                         slot.name, n, slot.rows);
     return copy_floats(values, n, slot.name, &out->values, error);
 }
 
@@ -150,14 +102,10 @@ qllm_status qllm_weight_embedding(const qllm_decoder_config *config, const qllm_
 {
     qllm_slot slot;
     *out = NULL;
-    qllm_slot_describe(config, qllm_slot_of_embedding(config), &slot);
-    qllm_status status = check_shape(&slot, source, error);
+    qllm_status status = qllm_check_embedding(config, source, error);
     if (status != QLLM_OK)
         return status;
-    if (!qllm_format_is_float(format_of(source)))
-        return qllm_fail(error, QLLM_UNSUPPORTED, "slot 'embedding': format %s is not offered for "
-                         "the embedding; use f32, f16 or bf16",
-                         qllm_format_name(format_of(source)));
+    qllm_slot_describe(config, qllm_slot_of_embedding(config), &slot);
     return pack(packer, &slot, source, out, error);
 }
 
@@ -184,13 +132,10 @@ qllm_status qllm_weights_tie(qllm_weights *weights, const qllm_decoder_config *c
 {
     qllm_packed *head = head_of(weights, config);
     *old = NULL;
-    if (head == NULL)
-        return qllm_fail(error, QLLM_VALUE, "slot 'head': no weight has been set yet that the "
-                         "embedding could share");
-    if (!qllm_format_is_float(qllm_packed_format(head)))
-        return qllm_fail(error, QLLM_UNSUPPORTED, "slot 'embedding': it cannot share the head's "
-                         "weight, which has format %s; f32, f16 or bf16 is needed",
-                         qllm_format_name(qllm_packed_format(head)));
+    qllm_status status = qllm_check_tie(
+        head != NULL, head != NULL ? qllm_packed_format(head) : QLLM_FORMAT_F32, error);
+    if (status != QLLM_OK)
+        return status;
     *old = head;
     qllm_weights_exchange_embedding(weights, config, old);
     return QLLM_OK;
@@ -221,18 +166,13 @@ int64_t qllm_weights_missing(const qllm_weights *weights, const qllm_decoder_con
 qllm_status qllm_weights_find(const qllm_weights *weights, const qllm_decoder_config *config,
                               const char *name, const qllm_packed **out, qllm_error *error)
 {
-    qllm_slot slot;
-    int64_t index = qllm_slot_find(config, name);
-    if (index < 0 || index != qllm_slot_of_embedding(config)) {
-        qllm_status status = find_slot(config, name, QLLM_SLOT_LINEAR, &index, &slot, error);
-        if (status != QLLM_OK)
-            return status;
-    }
+    int64_t index;
+    qllm_status status = qllm_check_readable(config, name, &index, error);
+    if (status != QLLM_OK)
+        return status;
     *out = index == qllm_slot_of_embedding(config) ? weights->embedding
                                                    : weights->slots[index].packed;
-    if (*out == NULL)
-        return qllm_fail(error, QLLM_VALUE, "slot '%s': no weight has been set yet", name);
-    return QLLM_OK;
+    return *out != NULL ? QLLM_OK : qllm_refuse_unset(name, error);
 }
 
 void qllm_weights_nbytes(const qllm_weights *weights, const qllm_decoder_config *config,

@@ -4,7 +4,7 @@
 #define QLLM_DECODER_WEIGHTS_H
 
 #include "cpu/packed.h"
-#include "decoder/slots.h"
+#include "decoder/checks.h"
 
 typedef struct qllm_weight {
     qllm_packed *packed;  /* linear slots; NULL: not set */
@@ -21,19 +21,6 @@ typedef struct qllm_weights {
 qllm_status qllm_weights_init(const qllm_decoder_config *config, qllm_weights *weights,
                               qllm_error *error);
 void qllm_weights_clear(qllm_weights *weights);
-
-/* What a slot is to hold: standard bytes, or unquantized values that become `format`, with a name
- * for error sentences.  bias (bias_length) or NULL. */
-typedef struct qllm_weight_source {
-    const char *slot;
-    const qllm_qweight *weight; /* or NULL, then: */
-    const qllm_tensor *values;
-    qllm_format format;
-    int64_t blocksize;
-    const char *name;
-    const float *bias;
-    int64_t bias_length;
-} qllm_weight_source;
 
 /* A weight made ready outside of any lock (this is where packing takes its time), then exchanged
  * with what the slot holds.  `index` is the slot's. */

@@ -65,9 +65,10 @@ static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (self == NULL)
         return NULL;
     int failed = qllm_parse_config(state, dict, &parsed) < 0;
-    if (!failed && (qllm_backend_find(device, &self->backend, &error) != QLLM_OK ||
-                    self->backend->decoder_create(&parsed.config, &options, &self->decoder,
-                                                  &error) != QLLM_OK)) {
+    if (!failed)
+        failed = qllm_find_device(type, device, &self->backend) < 0;
+    if (!failed && self->backend->decoder_create(&parsed.config, &options, &self->decoder,
+                                                 &error) != QLLM_OK) {
         qllm_raise(state, &error);
         failed = 1;
     }
@@ -358,6 +359,14 @@ static PyMethodDef decoder_methods[] = {
      "positions. want: bool (n,), default all.  On any error no\nsequence has changed.  A row's "
      "logits are the same bits whatever stands beside it, except with\nint8_outliers=\"batch\", "
      "where the rows of a chunk share their outlier columns by definition."},
+    {"step_draw", (PyCFunction)(void (*)(void))qllm_decoder_step_draw, METH_VARARGS | METH_KEYWORDS,
+     "step_draw($self, sequences, tokens, want, rows, *, temperature=1.0, top_k=0, top_p=1.0, "
+     "min_p=0.0,\nrepetition_penalty=1.0, seed=0, prompt=0, step=0, keep_ties=False, "
+     "round_bf16=False, history=None,\nlogits=False, threads=None)\n--\n\n"
+     "A step and the draws from its logits: (tokens, logprobs, sampling_logprobs, logits or None), "
+     "the bits\nof step and sample. rows: the wanted row of each draw, in ascending order; the "
+     "parameters of sample are\none value or one for each draw. Drawn on the device where it "
+     "offers that, else here by `threads` threads.\nOn any error no sequence has changed."},
     {"embed", qllm_decoder_embed, METH_O,
      "embed($self, tokens, /)\n--\n\n"
      "Hidden states, float32 (n, hidden): the embedding's rows of token ids. Needs no other slot."},
@@ -407,7 +416,7 @@ int qllm_setup_decoder(PyObject *module)
         qllm_raise(state, &error);
         return -1;
     }
-    if (qllm_setup_sequence(module) < 0)
+    if (qllm_setup_sequence(module) < 0 || qllm_setup_device(module) < 0)
         return -1;
     state->decoder_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &decoder_spec, NULL);
     return state->decoder_type == NULL ? -1 : PyModule_AddType(module, state->decoder_type);

@@ -36,6 +36,34 @@ PyObject *qllm_decoder_embed(PyObject *object, PyObject *argument);
 PyObject *qllm_decoder_blocks(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *qllm_decoder_head(PyObject *object, PyObject *argument);
 
+/* Method of Decoder in py_decoder_draw.c. */
+PyObject *qllm_decoder_step_draw(PyObject *object, PyObject *args, PyObject *kwargs);
+
+/* The arguments of a step in memory of its own: nobody changes them while the GIL is released. */
+typedef struct qllm_step_arguments {
+    PyObject *objects; /* tuple that keeps the sequences alive */
+    qllm_sequence **sequences;
+    int64_t *tokens;
+    bool *want;
+    int64_t n, wanted;
+} qllm_step_arguments;
+
+/* Takes them from Python; `step` is zeroed before.  0, or -1 with an exception; clear it in both
+ * cases. */
+int qllm_take_step(const qllm_state *state, qllm_decoder_object *self, PyObject *sequences,
+                   PyObject *tokens, PyObject *want, qllm_step_arguments *step);
+void qllm_step_clear(qllm_step_arguments *step);
+
+/* The slot of the embedding (vocab, hidden). */
+qllm_slot qllm_embedding_slot(const qllm_decoder_object *self);
+
+/* The device of that name, which may be a plugin that is loaded now (py_device.c), for the module
+ * that defines `type`; 0, or -1 with an exception. */
+int qllm_find_device(PyTypeObject *type, const char *name, const qllm_backend **out);
+
+/* Adds the functions of py_device.c: part of qllm_setup_decoder. */
+int qllm_setup_device(PyObject *module);
+
 enum { QLLM_CONFIG_ARRAYS = 2 };
 
 typedef struct qllm_parsed_config {

@@ -5,16 +5,7 @@
 #include "python/array.h"
 #include "python/py_decoder.h"
 
-/* The arguments of a step in memory of its own: nobody changes them while the GIL is released. */
-typedef struct step_arguments {
-    PyObject *objects; /* tuple that keeps the sequences alive */
-    qllm_sequence **sequences;
-    int64_t *tokens;
-    bool *want;
-    int64_t n, wanted;
-} step_arguments;
-
-static void clear_step(step_arguments *step)
+void qllm_step_clear(qllm_step_arguments *step)
 {
     Py_CLEAR(step->objects);
     qllm_free(step->sequences);
@@ -23,7 +14,7 @@ static void clear_step(step_arguments *step)
 }
 
 static int take_sequences(const qllm_state *state, qllm_decoder_object *self, PyObject *list,
-                          step_arguments *step)
+                          qllm_step_arguments *step)
 {
     if (!PyList_Check(list) && !PyTuple_Check(list)) {
         PyErr_Format(PyExc_TypeError, "sequences: expected a list of Sequence, found %s",
@@ -81,8 +72,7 @@ static int take_values(const qllm_state *state, PyObject *object, qllm_array_kin
     return fits ? 0 : -1;
 }
 
-/* The slot of the embedding (vocab, hidden). */
-static qllm_slot embedding_of(const qllm_decoder_object *self)
+qllm_slot qllm_embedding_slot(const qllm_decoder_object *self)
 {
     qllm_slot slot;
     Py_BEGIN_ALLOW_THREADS
@@ -91,30 +81,37 @@ static qllm_slot embedding_of(const qllm_decoder_object *self)
     return slot;
 }
 
+int qllm_take_step(const qllm_state *state, qllm_decoder_object *self, PyObject *sequences,
+                   PyObject *tokens, PyObject *want, qllm_step_arguments *step)
+{
+    if (take_sequences(state, self, sequences, step) < 0 ||
+        take_values(state, tokens, QLLM_ARRAY_I64, step->n, sizeof(int64_t), "tokens",
+                    step->tokens) < 0)
+        return -1;
+    if (want != Py_None && take_values(state, want, QLLM_ARRAY_BOOL, step->n, sizeof(bool), "want",
+                                       step->want) < 0)
+        return -1;
+    for (int64_t i = 0; i < step->n; i++) {
+        step->want[i] = want == Py_None || step->want[i];
+        step->wanted += step->want[i];
+    }
+    return 0;
+}
+
 PyObject *qllm_decoder_step(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"sequences", "tokens", "want", NULL};
     qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
     PyObject *list, *tokens, *want = Py_None, *logits = NULL;
-    step_arguments step = {0};
+    qllm_step_arguments step = {0};
     qllm_error error;
     qllm_status status;
     void *data;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:step", names, &list, &tokens, &want))
         return NULL;
-    int failed = take_sequences(state, self, list, &step) < 0 ||
-                 take_values(state, tokens, QLLM_ARRAY_I64, step.n, sizeof(int64_t), "tokens",
-                             step.tokens) < 0;
-    if (!failed && want != Py_None)
-        failed = take_values(state, want, QLLM_ARRAY_BOOL, step.n, sizeof(bool), "want",
-                             step.want) < 0;
-    for (int64_t i = 0; !failed && i < step.n; i++) {
-        step.want[i] = want == Py_None || step.want[i];
-        step.wanted += step.want[i];
-    }
-    if (!failed) {
-        int64_t shape[2] = {step.wanted, embedding_of(self).rows};
+    if (qllm_take_step(state, self, list, tokens, want, &step) == 0) {
+        int64_t shape[2] = {step.wanted, qllm_embedding_slot(self).rows};
         logits = qllm_array_new(QLLM_ARRAY_F32, 2, shape, &data);
     }
     if (logits != NULL) {
@@ -127,7 +124,7 @@ PyObject *qllm_decoder_step(PyObject *object, PyObject *args, PyObject *kwargs)
             qllm_raise(state, &error);
         }
     }
-    clear_step(&step);
+    qllm_step_clear(&step);
     return logits;
 }
 
@@ -168,7 +165,7 @@ PyObject *qllm_decoder_embed(PyObject *object, PyObject *argument)
     PyObject *tokens = qllm_array_input(state, argument, QLLM_ARRAY_I64, 1, 1, "tokens");
     if (tokens == NULL)
         return NULL;
-    int64_t shape[2] = {qllm_array_size(tokens), embedding_of(self).cols};
+    int64_t shape[2] = {qllm_array_size(tokens), qllm_embedding_slot(self).cols};
     const int64_t *ids = qllm_array_data(tokens);
     PyObject *hidden = qllm_array_new(QLLM_ARRAY_F32, 2, shape, &data);
     if (hidden != NULL) {
@@ -187,14 +184,14 @@ PyObject *qllm_decoder_blocks(PyObject *object, PyObject *args, PyObject *kwargs
     qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
     PyObject *list, *given, *hidden = NULL, *result = NULL;
-    step_arguments step = {0};
+    qllm_step_arguments step = {0};
     qllm_error error;
     qllm_status status;
     int64_t shape[2];
     void *data;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:blocks", names, &list, &given))
         return NULL;
-    shape[1] = embedding_of(self).cols;
+    shape[1] = qllm_embedding_slot(self).cols;
     if (take_sequences(state, self, list, &step) == 0)
         hidden = take_hidden(state, given, shape[1], &shape[0]);
     if (hidden != NULL && shape[0] != step.n)
@@ -210,7 +207,7 @@ PyObject *qllm_decoder_blocks(PyObject *object, PyObject *args, PyObject *kwargs
         result = result_of(state, result, status, &error);
     }
     Py_XDECREF(hidden);
-    clear_step(&step);
+    qllm_step_clear(&step);
     return result;
 }
 
@@ -218,7 +215,7 @@ PyObject *qllm_decoder_head(PyObject *object, PyObject *argument)
 {
     qllm_decoder_object *self = (qllm_decoder_object *)object;
     const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
-    const qllm_slot embedding = embedding_of(self);
+    const qllm_slot embedding = qllm_embedding_slot(self);
     qllm_error error;
     qllm_status status;
     int64_t shape[2] = {0, embedding.rows};

@@ -7,166 +7,40 @@
 #include "python/arguments.h"
 #include "python/array.h"
 #include "python/py_cpu.h"
+#include "python/py_draws.h"
 
-/* What qllm_sample needs for each row; `histories` keeps the token arrays alive. */
+/* Rows of logits and what is drawn from each. */
 typedef struct batch {
     const qllm_logit_ops *ops;
     qllm_logit_rows logits;
-    qllm_sampling *sampling; /* (n) */
-    uint32_t *steps;         /* (n) */
-    const int64_t **history; /* (n) */
-    int64_t *n_history;      /* (n) */
-    PyObject *histories;
+    qllm_draws draws;
     int threads;
 } batch;
-
-/* The parameters in the order of PARAMETERS, each NULL where the caller left it out. */
-enum { TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, SEED, PROMPT, STEP, KEEP_TIES, HISTORY,
-       N_PARAMETERS };
-static const char *const PARAMETERS[N_PARAMETERS] = {
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "prompt", "step",
-    "keep_ties", "history"};
-
-/* True or False, of Python or NumPy. */
-static int to_flag(const qllm_state *state, PyObject *value, const char *name, bool *out)
-{
-    const char *type = Py_TYPE(value)->tp_name;
-    if (!PyBool_Check(value) && strncmp(type, "numpy.bool", 10) != 0) {
-        qllm_raise_value(state, "%s: expected True or False, found a %s", name, type);
-        return -1;
-    }
-    int found = PyObject_IsTrue(value);
-    *out = found > 0;
-    return found < 0 ? -1 : 0;
-}
-
-static int parse_parameter(const qllm_state *state, PyObject *value, int which, qllm_sampling *out,
-                           uint32_t *step)
-{
-    const char *name = PARAMETERS[which];
-    uint64_t wide;
-    switch (which) {
-    case TEMPERATURE: return qllm_to_double(state, value, name, &out->temperature);
-    case TOP_P: return qllm_to_double(state, value, name, &out->top_p);
-    case MIN_P: return qllm_to_double(state, value, name, &out->min_p);
-    case KEEP_TIES: return to_flag(state, value, name, &out->keep_ties);
-    case PENALTY: return qllm_to_double(state, value, name, &out->repetition_penalty);
-    case SEED: return qllm_to_uint(state, value, name, 64, &out->seed);
-    case PROMPT: return qllm_to_uint(state, value, name, 64, &out->prompt);
-    case TOP_K:
-        if (value == Py_None) {
-            out->top_k = 0;
-            return 0;
-        }
-        return qllm_to_int64(state, value, name, &out->top_k);
-    case STEP:
-        if (qllm_to_uint(state, value, name, 32, &wide) < 0)
-            return -1;
-        *step = (uint32_t)wide;
-        return 0;
-    }
-    return 0;
-}
-
-/* Whether `history` is one sequence of tokens, which then is that of every row. */
-static int is_one_history(PyObject *history, int single)
-{
-    if (single || qllm_sequence_length(history) <= 0)
-        return 1;
-    PyObject *first = PySequence_GetItem(history, 0);
-    int one = first != NULL && first != Py_None && qllm_sequence_length(first) < 0;
-    if (first == NULL)
-        PyErr_Clear();
-    Py_XDECREF(first);
-    return one;
-}
-
-static int parse_history(const qllm_state *state, PyObject *history, batch *b)
-{
-    if (history == NULL || history == Py_None)
-        return 0;
-    int one = is_one_history(history, b->logits.single);
-    PyObject *array = NULL;
-    b->histories = PyList_New(0);
-    if (b->histories == NULL)
-        return -1;
-    for (int64_t row = 0; row < b->logits.n; row++) {
-        if (row == 0 || !one) {
-            PyObject *item = one ? Py_NewRef(history)
-                                 : qllm_item_of(state, history, row, b->logits.n, "history");
-            if (item == Py_None) {
-                Py_DECREF(item);
-                continue;
-            }
-            array = item ? qllm_array_input(state, item, QLLM_ARRAY_I64, 1, 1, "history") : NULL;
-            Py_XDECREF(item);
-            int failed = array == NULL || PyList_Append(b->histories, array) < 0;
-            Py_XDECREF(array); /* the list holds it */
-            if (failed)
-                return -1;
-        }
-        b->history[row] = qllm_array_data(array);
-        b->n_history[row] = qllm_array_size(array);
-    }
-    return 0;
-}
 
 static void batch_free(batch *b)
 {
     Py_XDECREF(b->logits.array);
-    Py_XDECREF(b->histories);
-    qllm_free(b->sampling);
-    qllm_free(b->steps);
-    qllm_free(b->history);
-    qllm_free(b->n_history);
-}
-
-static int batch_alloc(const qllm_state *state, batch *b)
-{
-    qllm_error error;
-    int64_t n = b->logits.n;
-    const char *what = "the parameters of the rows";
-    if (qllm_alloc((void **)&b->sampling, n, sizeof *b->sampling, what, &error) != QLLM_OK ||
-        qllm_alloc((void **)&b->steps, n, sizeof *b->steps, what, &error) != QLLM_OK ||
-        qllm_alloc((void **)&b->history, n, sizeof *b->history, what, &error) != QLLM_OK ||
-        qllm_alloc((void **)&b->n_history, n, sizeof *b->n_history, what, &error) != QLLM_OK) {
-        qllm_raise(state, &error);
-        return -1;
-    }
-    return 0;
+    qllm_draws_clear(&b->draws);
 }
 
 /* Reads all arguments of sample and distribution.  On failure the batch is to be freed too. */
 static int batch_parse(const qllm_state *state, PyObject *logits,
-                       PyObject *const parameters[N_PARAMETERS], const char *isa, PyObject *threads,
-                       batch *b)
+                       PyObject *const parameters[QLLM_DRAW_PARAMETERS], const char *isa,
+                       PyObject *threads, batch *b)
 {
     memset(b, 0, sizeof *b);
     b->ops = qllm_choose_logit_ops(state, isa);
     if (b->ops == NULL || qllm_parse_threads(state, threads, &b->threads) < 0 ||
-        qllm_parse_rows(state, logits, "logits", &b->logits) < 0 || batch_alloc(state, b) < 0)
+        qllm_parse_rows(state, logits, "logits", &b->logits) < 0)
         return -1;
-    int64_t n = b->logits.n;
-    for (int64_t row = 0; row < n; row++)
-        b->sampling[row] = qllm_sampling_default();
-    for (int which = 0; which < HISTORY; which++)
-        for (int64_t row = 0; parameters[which] != NULL && row < n; row++) {
-            PyObject *value = qllm_item_of(state, parameters[which], row, n, PARAMETERS[which]);
-            int failed = value == NULL || parse_parameter(state, value, which, &b->sampling[row],
-                                                          &b->steps[row]) < 0;
-            Py_XDECREF(value);
-            if (failed)
-                return -1;
-        }
-    return parse_history(state, parameters[HISTORY], b);
+    return qllm_parse_draws(state, parameters, b->logits.n, b->logits.single, &b->draws);
 }
 
 /* --------------------------------------------------------------------------- sample and friends */
 
 typedef struct sample_context {
     batch batch;
-    int64_t *tokens;
-    float *logprobs, *sampling_logprobs;
+    qllm_sampled_arrays out;
     float *probabilities;
 } sample_context;
 
@@ -175,15 +49,12 @@ static qllm_status sample_row(void *context, int64_t row, void *scratch, qllm_er
     sample_context *c = context;
     const batch *b = &c->batch;
     qllm_sampled sampled;
-    qllm_status status = qllm_sample(b->ops, b->logits.data + row * b->logits.vocab,
-                                     b->logits.vocab, &b->sampling[row], b->history[row],
-                                     b->n_history[row], b->steps[row], scratch, &sampled, error);
-    if (status != QLLM_OK)
-        return status;
-    c->tokens[row] = sampled.token;
-    c->logprobs[row] = sampled.logprob;
-    c->sampling_logprobs[row] = sampled.sampling_logprob;
-    return QLLM_OK;
+    qllm_status status = qllm_draw_row(b->ops, b->logits.data + row * b->logits.vocab,
+                                       b->logits.vocab, &b->draws.draw[row], scratch, &sampled,
+                                       error);
+    if (status == QLLM_OK)
+        qllm_write_sampled(&sampled, row, &c->out);
+    return status;
 }
 
 static qllm_status distribution_row(void *context, int64_t row, void *scratch,
@@ -191,10 +62,11 @@ static qllm_status distribution_row(void *context, int64_t row, void *scratch,
 {
     sample_context *c = context;
     const batch *b = &c->batch;
+    const qllm_draw *draw = &b->draws.draw[row];
     int64_t start = row * b->logits.vocab;
-    return qllm_distribution(b->ops, b->logits.data + start, b->logits.vocab, &b->sampling[row],
-                             b->history[row], b->n_history[row], scratch,
-                             c->probabilities + start, error);
+    return qllm_distribution(b->ops, b->logits.data + start, b->logits.vocab, &draw->sampling,
+                             draw->history, draw->n_history, scratch, c->probabilities + start,
+                             error);
 }
 
 /* Draws or writes down every row of a batch. */
@@ -202,40 +74,30 @@ static int each_row(qllm_state *state, sample_context *c,
                     qllm_status (*row)(void *, int64_t, void *, qllm_error *))
 {
     const qllm_logit_rows *r = &c->batch.logits;
-    const qllm_row_work work = {row, c, qllm_sample_scratch(r->vocab), r->vocab, c->batch.threads};
+    const qllm_row_work work = {row, c, qllm_draw_scratch(r->vocab), r->vocab, c->batch.threads};
     return qllm_each_row(state, r, &work);
 }
 
 static PyObject *py_sample(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
-                            "repetition_penalty", "seed", "prompt", "step", "keep_ties", "history",
-                            "isa", "threads", NULL};
+                            "repetition_penalty", "seed", "prompt", "step", "keep_ties",
+                            "round_bf16", "history", "isa", "threads", NULL};
     qllm_state *state = qllm_state_of(module);
-    PyObject *logits, *p[N_PARAMETERS] = {NULL}, *arrays[3] = {NULL}, *result = NULL;
-    PyObject *threads = Py_None;
+    PyObject *logits, *p[QLLM_DRAW_PARAMETERS] = {NULL}, *result = NULL, *threads = Py_None;
     const char *isa = NULL;
     sample_context c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOOzO:sample", names, &logits, &p[0],
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOOOOOzO:sample", names, &logits, &p[0],
                                      &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &p[9],
-                                     &isa, &threads))
+                                     &p[10], &isa, &threads))
         return NULL;
-    if (batch_parse(state, logits, p, isa, threads, &c.batch) < 0)
-        goto out;
-    const qllm_logit_rows *r = &c.batch.logits;
-    arrays[0] = qllm_array_new(QLLM_ARRAY_I64, 1, &r->n, (void **)&c.tokens);
-    arrays[1] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.logprobs);
-    arrays[2] = qllm_array_new(QLLM_ARRAY_F32, 1, &r->n, (void **)&c.sampling_logprobs);
-    if (!arrays[0] || !arrays[1] || !arrays[2] ||
-        each_row(state, &c, sample_row) < 0)
-        goto out;
-    for (int i = 0; i < 3; i++)
-        arrays[i] = qllm_row_result(arrays[i], r->single);
-    if (arrays[0] && arrays[1] && arrays[2])
-        result = PyTuple_Pack(3, arrays[0], arrays[1], arrays[2]);
-out:
-    for (int i = 0; i < 3; i++)
-        Py_XDECREF(arrays[i]);
+    if (batch_parse(state, logits, p, isa, threads, &c.batch) == 0 &&
+        (result = qllm_sampled_new(c.batch.logits.n, &c.out)) != NULL) {
+        if (each_row(state, &c, sample_row) < 0)
+            Py_CLEAR(result);
+        else
+            result = qllm_sampled_result(result, c.batch.logits.single);
+    }
     batch_free(&c.batch);
     return result;
 }
@@ -245,13 +107,15 @@ static PyObject *py_distribution(PyObject *module, PyObject *args, PyObject *kwa
     static char *names[] = {"logits", "temperature", "top_k", "top_p", "min_p",
                             "repetition_penalty", "keep_ties", "history", "isa", "threads", NULL};
     qllm_state *state = qllm_state_of(module);
-    PyObject *logits, *p[N_PARAMETERS] = {NULL}, *result = NULL;
+    PyObject *logits, *p[QLLM_DRAW_PARAMETERS] = {NULL}, *result = NULL;
     PyObject *threads = Py_None;
     const char *isa = NULL;
     sample_context c;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOOOOOOzO:distribution", names, &logits,
-                                     &p[TEMPERATURE], &p[TOP_K], &p[TOP_P], &p[MIN_P], &p[PENALTY],
-                                     &p[KEEP_TIES], &p[HISTORY], &isa, &threads))
+                                     &p[QLLM_DRAW_TEMPERATURE], &p[QLLM_DRAW_TOP_K],
+                                     &p[QLLM_DRAW_TOP_P], &p[QLLM_DRAW_MIN_P],
+                                     &p[QLLM_DRAW_PENALTY], &p[QLLM_DRAW_KEEP_TIES],
+                                     &p[QLLM_DRAW_HISTORY], &isa, &threads))
         return NULL;
     if (batch_parse(state, logits, p, isa, threads, &c.batch) == 0) {
         const qllm_logit_rows *r = &c.batch.logits;
@@ -389,8 +253,8 @@ static PyObject *py_philox(PyObject *module, PyObject *args, PyObject *kwargs)
 static PyMethodDef functions[] = {
     {"sample", (PyCFunction)(void (*)(void))py_sample, KEYWORDS,
      "sample($module, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, "
-     "repetition_penalty=1.0, seed=0, prompt=0, step=0, keep_ties=False, history=None, isa=None, "
-     "threads=None)\n"
+     "repetition_penalty=1.0, seed=0, prompt=0, step=0, keep_ties=False, round_bf16=False, "
+     "history=None, isa=None, threads=None)\n"
      "--\n\n"
      "Draws a token for each row of logits, (vocab) or (n, vocab) float32: tokens int64, logprobs "
      "float32, sampling_logprobs float32, each (n), or numbers for one row. See qllm.sample."},

@@ -59,6 +59,11 @@ qllm_gpu_error gpu_stream_wait(gpu_stream stream)
     return 0;
 }
 
+void gpu_driver_version(char *out, int64_t capacity)
+{
+    qllm_format_text(out, static_cast<size_t>(capacity), "emulated");
+}
+
 void emulated_finish_streams()
 {
     std::lock_guard<std::mutex> lock(streams_mutex);

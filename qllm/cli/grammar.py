@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..config import COMPUTES, FORMATS
+from ..config import COMPUTES, DEVICES, FORMATS
 from ..sampling import LOGITS_DTYPES
 from .parser import Answer, Parser, Show, UsageError, names, number, one_of, suggestion, text, whole
 
 MODEL = ("demo:llama, demo:falcon, a folder with config.json and safetensors files, or a name on"
          " the Hugging Face hub")
-DEVICES = ("cpu", "cuda")
 BENCH_FORMATS = tuple(name for name in FORMATS if name != "original")
 BENCH_SHAPES = ("tiny", "small", "1.1b")
 
@@ -234,5 +233,7 @@ def _study(commands: Any) -> None:
                         " tcp://10.0.0.1:8786")
     parser.add_argument("--fresh", action="store_true",
                         help="begin anew where the folder holds a study")
+    parser.add_argument("--device", type=one_of("device", DEVICES), metavar="DEVICE",
+                        help="where the models compute: cpu or cuda (default: as the profile says)")
     parser.add_argument("--threads", type=whole(1), metavar="N",
                         help="threads of the C core (default: those of the profile)")

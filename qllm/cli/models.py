@@ -11,7 +11,7 @@ import numpy as np
 from .. import __version__, _core
 from ..errors import QllmError, QllmValueError
 from ..model import Model
-from ..report import text_table
+from ..report import size_text, text_table
 from ..saving import require_possible
 from .files import print_json
 from .parser import UsageError
@@ -84,18 +84,16 @@ def build_info() -> dict[str, Any]:
 
 
 def _cuda() -> str:
-    """"yes", or what the core says when a decoder is asked for on that device."""
-    smallest = {
-        "vocab": 1, "hidden": 64, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 64,
-        "intermediate": 64, "max_positions": 1, "block": "serial", "norm": "rms",
-        "norm_eps": 1e-6, "activation": "silu", "attention_scale": 0.125, "position": "rope",
-        "rotary_dim": 64, "rope_inv_freq": np.ones(32, np.float32),
-    }
+    """The GPU and its driver, or what the core says when a decoder is asked for on that device."""
     try:
-        _core.Decoder(smallest, device="cuda")
+        found = _core.device_info("cuda")
     except QllmError as error:
         return f"no: {error}"
-    return "yes"
+    assert found is not None
+    return (
+        f"yes: {found['name']} ({found['variant']}), {size_text(found['memory'])} of memory,"
+        f" {size_text(found['free'])} free, driver for {found['driver']}"
+    )
 
 
 def quantize(arguments: argparse.Namespace) -> None:

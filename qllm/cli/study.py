@@ -26,8 +26,9 @@ def study(arguments: argparse.Namespace) -> None:
                          " --help)")
     named = [*arguments.models, *arguments.more_models]
     design = studies.resolve(arguments.profile, named or None)
-    if arguments.threads is not None:
-        design = dataclasses.replace(design, threads=arguments.threads)
+    for name in ("device", "threads"):
+        if getattr(arguments, name) is not None:
+            design = dataclasses.replace(design, **{name: getattr(arguments, name)})
     if arguments.lockstep:
         design = dataclasses.replace(design, lockstep=True, speed=None)
     if arguments.dry_run:

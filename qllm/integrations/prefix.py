@@ -24,7 +24,7 @@ class PrefixReader(ABC):
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """(n, vocab) float32: the logits after each of the token ids."""
         given = [int(token) for token in ids]
-        kept = _common(self._ids, given)
+        kept = common_length(self._ids, given)
         if kept < len(given):
             if kept < len(self._ids):
                 kept = kept if kept and self._truncate(kept) else self.forget()
@@ -57,7 +57,7 @@ class PrefixReader(ABC):
         """Forgets all positions."""
 
 
-def _common(one: Sequence[int], two: Sequence[int]) -> int:
+def common_length(one: Sequence[int], two: Sequence[int]) -> int:
     """How many tokens two texts have in common at their beginnings."""
     for place, (a, b) in enumerate(zip(one, two)):
         if a != b:

@@ -107,9 +107,12 @@ class OwnArm(LoadedArm):
         return int(self.model.architecture.decoder["vocab"])
 
     @property
-    def threads(self) -> int:
-        """Threads of the core that this arm uses."""
-        return int(self.model.decoder.info()["threads"])
+    def threads(self) -> int | None:
+        """Threads that this arm's computations on the processor use; None: all."""
+        from ..generation import host_threads
+
+        found = host_threads(self.model.decoder)
+        return self.arm.threads or self.design.threads if found is None else found
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         found = self.model.logits(list(ids))
@@ -292,6 +295,7 @@ def load_own(name: str, arm: Arm, design: Design) -> OwnArm:
     model = Model.from_pretrained(
         arm.path or name,
         config if plain else None,
+        device=arm.device or design.device,
         compute=arm.compute or design.compute,
         threads=arm.threads or design.threads,
         int8_threshold=design.int8_threshold,

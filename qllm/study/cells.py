@@ -226,7 +226,7 @@ def compare_logits(
     test: np.ndarray,
     targets: Sequence[int],
     what: str,
-    threads: int,
+    threads: int | None,
 ) -> dict[str, Any]:
     """The measures of a text `what` from the logits of reference and arm, (tokens, vocab) float32,
     and the token that follows each."""
@@ -290,7 +290,7 @@ def _tenths(confidence: np.ndarray, values: dict[str, np.ndarray]) -> dict[str, 
 
 
 def _after_top_k(
-    design: Design, ref: np.ndarray, test: np.ndarray, top_k: int, threads: int
+    design: Design, ref: np.ndarray, test: np.ndarray, top_k: int, threads: int | None
 ) -> dict[str, list[float]]:
     """The measures that stay finite when both distributions are cut to their own `top_k` tokens,
     meaned over the tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..config import COMPUTES
+from ..config import COMPUTES, DEVICES
 from ..errors import QllmValueError
 from ..quantize import BLOCKSIZES, FORMATS
 from ..sampling import LOGITS_DTYPES
@@ -96,6 +96,8 @@ def _check_arm(arm: Arm) -> None:
                              f" it holds, not {quoted(arm.format)}")
     if arm.compute is not None:
         _one_of(arm.compute, COMPUTES, f"{what} compute")
+    if arm.device is not None:
+        _check_device(arm.device, f"the device of arm {quoted(arm.name)}")
     if arm.codes == "uniform" and arm.format not in ("nf4", "fp4"):
         raise QllmValueError(
             f"arm {quoted(arm.name)} has uniform codes, so its format must be nf4 or fp4, whose"
@@ -114,6 +116,12 @@ def _check_arm(arm: Arm) -> None:
         raise QllmValueError(f"quantize_head {what} must be true or false")
     if arm.path is not None and (not isinstance(arm.path, str) or not arm.path):
         raise QllmValueError(f"path {what} must be the name of a model, not {quoted(arm.path)}")
+
+
+def _check_device(device: object, what: str) -> None:
+    """Which devices there are is known where the model is loaded."""
+    if not isinstance(device, str) or not device or not device.isprintable():
+        raise QllmValueError(f"{what} must be {' or '.join(DEVICES)}, not {quoted(device)}")
 
 
 def _check_null(arm: Arm, reference: Arm) -> None:
@@ -215,6 +223,7 @@ def _check_rest(design: Design) -> None:
         raise QllmValueError(
             f"logits_dtype must be float32 or bfloat16, not {quoted(design.logits_dtype)}"
         )
+    _check_device(design.device, "device")
     if design.compute not in COMPUTES:
         raise QllmValueError(f"compute must be exact, auto or int8, not {quoted(design.compute)}")
     if design.int8_threshold < 0:

@@ -88,6 +88,8 @@ class Design:
     quantize_head: bool = False
     int8_threshold: float = 6.0
     compute: str = "exact"
+    device: str = "cpu"
+    """Where the models compute; "cuda" for a GPU."""
     batch_size: int = 32
     threads: int | None = 1
     """Of every model; one is best for small models and for many cells at a time, None means all."""

@@ -207,7 +207,8 @@ def _where(e: Evidence, arms: Sequence[Arm]) -> str:
     if found.get("isa"):
         place.append(str(found["isa"]))
     threads = found.get("threads")
-    place.append(f"{threads} thread" + ("" if threads == 1 else "s"))
+    if found.get("device") in (None, "cpu"):
+        place.append(f"{threads} thread" + ("" if threads == 1 else "s"))
     kernel = f" with the kernels {'; '.join(dict.fromkeys(names))}" if names else ""
     return f"on {', '.join(place)}{kernel}"
 

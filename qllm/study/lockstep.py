@@ -22,6 +22,7 @@ from ..architectures import FLOAT_DTYPES, Architecture, Linear, bind, describe
 from ..checkpoint import Checkpoint
 from ..config import QuantConfig
 from ..errors import QllmUnsupportedError, QllmValueError
+from ..generation import host_threads
 from ..layers import Layers, dtype_of, to_float32
 from ..sampling import round_logits
 from ..tokenizer import Tokenizer
@@ -128,6 +129,7 @@ class Half:
     def _decoder(self, architecture: Architecture) -> Any:
         return _core.Decoder(
             architecture.decoder,
+            device=self.arm.device or self.design.device,
             threads=self.arm.threads or self.design.threads,
             int8_threshold=self.design.int8_threshold,
             compute=self.arm.compute or self.design.compute,
@@ -196,7 +198,7 @@ def compute_lockstep(task: Task) -> dict[str, Any]:
     read = list(_passages(task, halves[0])) if len(halves) == 2 else []
     rows = []
     found = logits(halves, [ids[:-1] for _, ids in read])
-    threads = int(mine._decoder(mine.architecture).info()["threads"])
+    threads = host_threads(mine._decoder(mine.architecture))
     for (text, ids), sides in zip(read, found):
         ref, test = (round_logits(side, design.logits_dtype) for side in sides)
         measures = compare_logits(design, ref, test, ids[1:], text.id, threads)

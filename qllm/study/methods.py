@@ -50,7 +50,7 @@ def _arms(design: Design) -> str:
         "Arms: "
         + "; ".join(_arm(arm) for arm in design.arms)
         + f". The output embedding is {head} where no arm says otherwise. Compute mode"
-        f" {design.compute}, logits in {design.logits_dtype}."
+        f" {design.compute} on device {design.device}, logits in {design.logits_dtype}."
     )
 
 
@@ -66,6 +66,8 @@ def _arm(arm: Arm) -> str:
         words.append(f"output embedding {'' if arm.quantize_head else 'not '}quantized")
     if arm.compute is not None:
         words.append(f"compute {arm.compute}")
+    if arm.device is not None:
+        words.append(f"on device {arm.device}")
     roles = {
         "reference": "the reference",
         "null": "null arm: the reference again",

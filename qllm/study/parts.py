@@ -35,10 +35,10 @@ class Arm:
     """One way to hold and compute the weights.
 
     `format` and `blocksize` are those of `Model.quantize_`; `codes` "uniform" replaces the levels
-    of a 4-bit format by equally spaced ones. `quantize_head` and `compute` replace the design's
-    where they are not None. `batch_size` and `threads` replace those of the design; they change how
-    an arm is computed and, if all is well, nothing in what comes out: the null arms are there to
-    show it.
+    of a 4-bit format by equally spaced ones. `quantize_head`, `compute` and `device` replace the
+    design's where they are not None. `batch_size` and `threads` replace those of the design; they
+    change how an arm is computed and, if all is well, nothing in what comes out: the null arms are
+    there to show it.
 
     `source` other than "qllm" takes the logits from elsewhere: `path` names what to load (None: the
     study's model), `options` go to its loader, and `format` is a word that says what it holds.
@@ -50,6 +50,7 @@ class Arm:
     blocksize: int = 64
     quantize_head: bool | None = None
     compute: str | None = None
+    device: str | None = None
     codes: str = "own"
     batch_size: int | None = None
     threads: int | None = None

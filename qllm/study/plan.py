@@ -291,6 +291,14 @@ def _kv_bytes(size: ModelSize, positions: int) -> int:
 # --------------------------------------------------------------------------- fitting into memory
 
 
+def memory_for(design: Design, arm: str | None = None) -> int | None:
+    """Bytes that are free where a model of the design, or of one of its arms, is held. None where
+    nothing tells."""
+    own = None if arm in (None, SPEED) else design.arm(arm).device
+    found = _core.device_info(own or design.device)
+    return available_memory() if found is None else found["free"]
+
+
 def available_memory() -> int | None:
     """Bytes that a new process of this machine may take now: what the system calls available, less
     where a control group allows less. None where nothing tells."""
@@ -346,7 +354,7 @@ def limited(task: Task, *, threads: int | None = None, batch_size: int | None = 
 def fitted(task: Task, need: Need) -> Task:
     """The task with batches small enough for the memory of this machine. Raises `QllmMemoryError`
     when even one row does not fit."""
-    available = available_memory()
+    available = memory_for(task.design, task.arm)
     if available is None or need.bytes <= SHARE * available:
         return task
     rows = need.rows_in(int(SHARE * available))
@@ -397,6 +405,7 @@ def probed(design: Design, size: ModelSize) -> Pace:
     start = time.perf_counter()
     model = Model.from_pretrained(
         size.name,
+        device=design.reference.device or design.device,
         compute=design.compute,
         threads=design.reference.threads or design.threads,
         int8_threshold=design.int8_threshold,
@@ -446,7 +455,7 @@ def reckoned(design: Design, size: ModelSize) -> Pace:
         generated=2 * step / rows,
         read=2 * size.parameters / multiply,
         single=2 * max(held / read, size.parameters / multiply),
-        source="its size",
+        source="its size" + ("" if design.device == "cpu" else ", as if on the processor"),
     )
 
 
@@ -611,7 +620,7 @@ def outline(
     sources = (
         None if paces is None else {size.name: p.source for size, p in zip(sizes, paces)}
     )
-    return Plan(design, tuple(cells), workers, available_memory(), sources)
+    return Plan(design, tuple(cells), workers, memory_for(design), sources)
 
 
 def _loads(design: Design, name: str) -> int:

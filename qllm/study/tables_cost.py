@@ -151,7 +151,7 @@ def speed_rows(
                 ratio = intervals.median(values / plain)
                 middle = float(np.median(values))
                 read = cell["bytes_per_token"][arm] * middle / batch
-                share = 100 * read / cell["read_bandwidth"]
+                share = 100 * read / (cell["read_bandwidth"] or math.nan)
                 yield {
                     "model": model,
                     "arm": arm,

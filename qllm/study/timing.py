@@ -27,7 +27,8 @@ def speed_cell(design: Design, name: str) -> dict[str, Any]:
     decode_seconds (to write `decode_tokens` one by one, alone) and batch_seconds (size of a batch
     -> seconds in which each of its sequences writes as many). `bytes_per_token`: arm -> bytes of
     the linear layers, which a step reads once. `read_bandwidth`: bytes per second that this
-    machine reads with as many threads, the median of a few readings.
+    machine reads with as many threads, the median of a few readings; None where the models compute
+    on another device than the processor.
     """
     speed, arms = design.speed, design.timed
     assert speed is not None
@@ -36,6 +37,7 @@ def speed_cell(design: Design, name: str) -> dict[str, Any]:
         if _place(arm, design) not in loaded:
             loaded[_place(arm, design)] = load_own(name, arm, design)
     first_model = next(iter(loaded.values()))
+    on_processor = all(arm.model.device == "cpu" for arm in loaded.values())
     ids = _timing_ids(first_model.model, design, speed.prompt_tokens)
     rows: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}
@@ -52,14 +54,14 @@ def speed_cell(design: Design, name: str) -> dict[str, Any]:
     return {
         "rounds": rows,
         "bytes_per_token": {name: sizes[name] for name in order},
-        "read_bandwidth": _read_bandwidth(first_model.threads),
+        "read_bandwidth": _read_bandwidth(first_model.threads) if on_processor else None,
         "environment": {**first_model.environment(), "threads": first_model.threads},
     }
 
 
 def _place(arm: Arm, design: Design) -> tuple[Any, ...]:
     """Arms for which this is equal can be timed on one model."""
-    return arm.path, arm.compute or design.compute
+    return arm.path, arm.compute or design.compute, arm.device or design.device
 
 
 def _timing_ids(model: Model, design: Design, length: int) -> list[int]:
@@ -103,7 +105,7 @@ def _timed(model: Model, prompts: Sequence[Sequence[int]], tokens: int) -> float
     return time.perf_counter() - start
 
 
-def _read_bandwidth(threads: int) -> float:
+def _read_bandwidth(threads: int | None) -> float:
     buffer = _core.limit_buffer(READ_BYTES)
     found = []
     for _ in range(READ_ROUNDS):
