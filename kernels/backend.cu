@@ -80,7 +80,7 @@ static qllm_status page_bytes(const qllm_decoder *decoder, int64_t *bytes, qllm_
 static qllm_status fill(qllm_decoder *decoder, const qllm_decoder_config *config,
                         const qllm_decoder_options *options, qllm_error *error)
 {
-    int64_t bytes;
+    int64_t bytes = 0;
     decoder->exact = options->compute == QLLM_COMPUTE_EXACT;
     decoder->int8_threshold = options->int8_threshold;
     decoder->int8_batch = options->int8_batch;

@@ -1,12 +1,12 @@
 /* For tests: memory of a device, and the primitives of gpu.h one by one.  The arrays are device
  * memory (gpu_test_alloc), n is a multiple of the block's threads.  Libraries that are shipped hold
  * no test_hooks*.cu. */
-#include "runtime.h"
+#include "test_hooks.h"
 
 /* The device that tests use; it is not closed. */
 static gpu_device test_device;
 
-static qllm_status finish(qllm_gpu_error code, qllm_error *error)
+qllm_status gpu_test_finish(qllm_gpu_error code, qllm_error *error)
 {
     qllm_gpu_error waited = gpu_stream_wait(NULL);
     return gpu_check(code != 0 ? code : waited, "a test", error);
@@ -46,13 +46,13 @@ GPU_EXPORT int64_t gpu_test_held(int64_t memory)
 GPU_EXPORT qllm_status gpu_test_copy_in(void *device, const void *host, int64_t bytes,
                                         qllm_error *error)
 {
-    return finish(gpu_copy_in(device, host, bytes, NULL), error);
+    return gpu_test_finish(gpu_copy_in(device, host, bytes, NULL), error);
 }
 
 GPU_EXPORT qllm_status gpu_test_copy_out(void *host, const void *device, int64_t bytes,
                                          qllm_error *error)
 {
-    return finish(gpu_copy_out(host, device, bytes, NULL), error);
+    return gpu_test_finish(gpu_copy_out(host, device, bytes, NULL), error);
 }
 
 /* ------------------------------------------------------------------------------ between lanes */
@@ -73,7 +73,7 @@ GPU_KERNEL void shuffles(const uint32_t *v, const int32_t *lanes, uint32_t limit
 GPU_EXPORT qllm_status gpu_test_shuffles(const uint32_t *v, const int32_t *lanes, int64_t limit,
                                          uint32_t *out, int64_t n, qllm_error *error)
 {
-    return finish(GPU_LAUNCH(shuffles, static_cast<int>(n / 64), 64, 0, NULL, v, lanes,
+    return gpu_test_finish(GPU_LAUNCH(shuffles, static_cast<int>(n / 64), 64, 0, NULL, v, lanes,
                              static_cast<uint32_t>(limit), out, n), error);
 }
 
@@ -93,7 +93,7 @@ GPU_KERNEL void sum_eights(const double *v, double *out)
 GPU_EXPORT qllm_status gpu_test_sum_eights(const double *v, double *out, int64_t n,
                                            qllm_error *error)
 {
-    return finish(GPU_LAUNCH(sum_eights, static_cast<int>(n / 64), 64, 0, NULL, v, out), error);
+    return gpu_test_finish(GPU_LAUNCH(sum_eights, static_cast<int>(n / 64), 64, 0, NULL, v, out), error);
 }
 
 /* ---------------------------------------------------------------------------- matrix products */
@@ -145,13 +145,13 @@ GPU_KERNEL void mma_s8(const int8_t *a, const int8_t *b, int32_t *d)
 GPU_EXPORT qllm_status gpu_test_mma_bf16(const uint16_t *a, const uint16_t *b, float *d,
                                          qllm_error *error)
 {
-    return finish(GPU_LAUNCH(mma_bf16, 1, GPU_WARP, 0, NULL, a, b, d), error);
+    return gpu_test_finish(GPU_LAUNCH(mma_bf16, 1, GPU_WARP, 0, NULL, a, b, d), error);
 }
 
 GPU_EXPORT qllm_status gpu_test_mma_s8(const int8_t *a, const int8_t *b, int32_t *d,
                                        qllm_error *error)
 {
-    return finish(GPU_LAUNCH(mma_s8, 1, GPU_WARP, 0, NULL, a, b, d), error);
+    return gpu_test_finish(GPU_LAUNCH(mma_s8, 1, GPU_WARP, 0, NULL, a, b, d), error);
 }
 
 /* in (4, 8, 8) values of 16 bits; out (2, 32, 4): the registers of each lane, plain and transposed. */
@@ -171,7 +171,7 @@ GPU_KERNEL void load_matrices(const uint4 *in, uint32_t *out)
 
 GPU_EXPORT qllm_status gpu_test_load_matrices(const uint4 *in, uint32_t *out, qllm_error *error)
 {
-    return finish(GPU_LAUNCH(load_matrices, 1, GPU_WARP, GPU_WARP * sizeof(uint4), NULL, in, out),
+    return gpu_test_finish(GPU_LAUNCH(load_matrices, 1, GPU_WARP, GPU_WARP * sizeof(uint4), NULL, in, out),
                   error);
 }
 
@@ -199,7 +199,7 @@ GPU_KERNEL void sum_through_ring(const uint4 *in, uint32_t *out, int turns)
 GPU_EXPORT qllm_status gpu_test_ring(const uint4 *in, uint32_t *out, int64_t turns,
                                      qllm_error *error)
 {
-    return finish(GPU_LAUNCH(sum_through_ring, 1, 64, 3 * 64 * sizeof(uint4), NULL, in, out,
+    return gpu_test_finish(GPU_LAUNCH(sum_through_ring, 1, 64, 3 * 64 * sizeof(uint4), NULL, in, out,
                              static_cast<int>(turns)), error);
 }
 
@@ -217,7 +217,7 @@ GPU_EXPORT qllm_status gpu_test_reverse(const float *in, float *out, int64_t col
                                         int64_t shared, int64_t threads, qllm_error *error)
 {
     dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
-    return finish(GPU_LAUNCH(reverse_blocks, grid, static_cast<int>(threads),
+    return gpu_test_finish(GPU_LAUNCH(reverse_blocks, grid, static_cast<int>(threads),
                              static_cast<size_t>(shared), NULL, in, out), error);
 }
 
@@ -234,7 +234,7 @@ GPU_KERNEL void gather_atomics(const uint32_t *v, uint32_t *out)
 GPU_EXPORT qllm_status gpu_test_atomics(const uint32_t *v, uint32_t *out, int64_t n,
                                         qllm_error *error)
 {
-    return finish(GPU_LAUNCH(gather_atomics, static_cast<int>(n / 64), 64, 0, NULL, v, out), error);
+    return gpu_test_finish(GPU_LAUNCH(gather_atomics, static_cast<int>(n / 64), 64, 0, NULL, v, out), error);
 }
 
 /* ---------------------------------------------------------------------------------- arithmetic */
@@ -256,7 +256,7 @@ GPU_KERNEL void convert(const float *x, const float *y, const uint16_t *half, ui
 GPU_EXPORT qllm_status gpu_test_convert(const float *x, const float *y, const uint16_t *half,
                                         uint32_t *out, int64_t n, qllm_error *error)
 {
-    return finish(GPU_LAUNCH(convert, static_cast<int>(n / 64), 64, 0, NULL, x, y, half, out, n),
+    return gpu_test_finish(GPU_LAUNCH(convert, static_cast<int>(n / 64), 64, 0, NULL, x, y, half, out, n),
                   error);
 }
 

@@ -15,24 +15,12 @@ static qllm_status refuse(const char *what, qllm_error *error)
     {                                                                                            \
         return refuse(#name, error);                                                             \
     }
-REFUSED_LAYERS(gpu_exact_embed)
-REFUSED_LAYERS(gpu_exact_layers)
 REFUSED_LAYERS(gpu_auto_embed)
 REFUSED_LAYERS(gpu_auto_layers)
-
-GPU_UNFINISHED qllm_status gpu_exact_head(qllm_decoder *, const gpu_rows *, int, qllm_error *error)
-{
-    return refuse("gpu_exact_head", error);
-}
 
 GPU_UNFINISHED qllm_status gpu_auto_head(qllm_decoder *, const gpu_rows *, int, qllm_error *error)
 {
     return refuse("gpu_auto_head", error);
-}
-
-GPU_UNFINISHED int64_t gpu_exact_scratch(const qllm_decoder *, int64_t, int64_t)
-{
-    return 0;
 }
 
 GPU_UNFINISHED int64_t gpu_auto_scratch(const qllm_decoder *, int64_t, int64_t)
@@ -42,11 +30,6 @@ GPU_UNFINISHED int64_t gpu_auto_scratch(const qllm_decoder *, int64_t, int64_t)
 
 GPU_UNFINISHED void gpu_auto_graphs_destroy(gpu_graphs *)
 {
-}
-
-GPU_UNFINISHED const char *gpu_exact_linear_name(qllm_format)
-{
-    return "none";
 }
 
 GPU_UNFINISHED const char *gpu_linear_name(qllm_format, int64_t)
