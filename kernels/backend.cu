@@ -44,6 +44,7 @@ static void destroy(qllm_decoder *decoder)
     if (decoder->stream != NULL)
         gpu_stream_wait(decoder->stream);
     gpu_auto_graphs_destroy(decoder->graphs);
+    gpu_sampler_clear(&decoder->sampler);
     gpu_step_clear(decoder);
     gpu_slots_clear(decoder);
     gpu_pages_clear(&decoder->pages);
@@ -81,6 +82,7 @@ static qllm_status fill(qllm_decoder *decoder, const qllm_decoder_config *config
                         const qllm_decoder_options *options, qllm_error *error)
 {
     int64_t bytes = 0;
+    decoder->sampler.device = &decoder->device;
     decoder->exact = options->compute == QLLM_COMPUTE_EXACT;
     decoder->int8_threshold = options->int8_threshold;
     decoder->int8_batch = options->int8_batch;

@@ -169,6 +169,15 @@ bool gpu_pages_trim(gpu_pages *pool)
     return any;
 }
 
+qllm_status gpu_alloc_trimmed(gpu_pages *pool, int64_t bytes, void **out, int memory,
+                              const char *what, qllm_error *error)
+{
+    qllm_status status = gpu_alloc(pool->device, bytes, out, memory, what, error);
+    if (status == QLLM_MEMORY && gpu_pages_trim(pool))
+        status = gpu_alloc(pool->device, bytes, out, memory, what, error);
+    return status;
+}
+
 void gpu_pages_bytes(gpu_pages *pool, int64_t *used, int64_t *spare)
 {
     pthread_mutex_lock(&pool->lock);

@@ -67,6 +67,10 @@ void gpu_pages_clear(gpu_pages *pool);
 /* Gives back slabs that hold no page in use; whether any was. */
 bool gpu_pages_trim(gpu_pages *pool);
 
+/* gpu_alloc, tried again without such slabs where memory is short. */
+qllm_status gpu_alloc_trimmed(gpu_pages *pool, int64_t bytes, void **out, int memory,
+                              const char *what, qllm_error *error);
+
 /* Bytes of pages in use, shared ones once; of free pages and tables. */
 void gpu_pages_bytes(gpu_pages *pool, int64_t *used, int64_t *spare);
 

@@ -77,7 +77,8 @@ static qllm_status upload(qllm_decoder *decoder, const float *values, int64_t n,
     void *memory;
     int64_t bytes = n * (int64_t)sizeof(float);
     *out = NULL;
-    qllm_status status = gpu_alloc(&decoder->device, bytes, &memory, GPU_WEIGHTS, what, error);
+    qllm_status status = gpu_alloc_trimmed(&decoder->pages, bytes, &memory, GPU_WEIGHTS, what,
+                                           error);
     if (status == QLLM_OK)
         status = gpu_check(gpu_copy_in(memory, values, bytes, decoder->stream), what, error);
     if (status == QLLM_OK)

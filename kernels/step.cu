@@ -137,9 +137,8 @@ static qllm_status renew(qllm_decoder *decoder, void **memory, int64_t *held, in
     *memory = NULL;
     *held = 0;
     decoder->generation++;
-    qllm_status status = gpu_alloc(&decoder->device, bytes, memory, GPU_SCRATCH, what, error);
-    if (status == QLLM_MEMORY && gpu_pages_trim(&decoder->pages))
-        status = gpu_alloc(&decoder->device, bytes, memory, GPU_SCRATCH, what, error);
+    qllm_status status = gpu_alloc_trimmed(&decoder->pages, bytes, memory, GPU_SCRATCH, what,
+                                           error);
     if (status == QLLM_OK)
         *held = bytes;
     return status;

@@ -37,20 +37,6 @@ GPU_UNFINISHED const char *gpu_linear_name(qllm_format, int64_t)
     return "none";
 }
 
-GPU_UNFINISHED qllm_status gpu_draw(qllm_decoder *, const float *, int64_t, int64_t,
-                                    const qllm_draw *, int64_t, int64_t, qllm_sampled *,
-                                    qllm_error *error)
-{
-    return refuse("gpu_draw", error);
-}
-
-GPU_UNFINISHED qllm_status gpu_logit_stats(qllm_decoder *, const float *, const float *, int64_t,
-                                           const double *, int64_t, const int64_t *,
-                                           const qllm_logit_stats *, uint8_t *, qllm_error *error)
-{
-    return refuse("gpu_logit_stats", error);
-}
-
 GPU_UNFINISHED bool gpu_weight_tiles(qllm_format, int64_t, int64_t, int64_t)
 {
     return false;

@@ -162,8 +162,10 @@ def logit_stats(
     *,
     isa: str | None = None,
     threads: int | None = None,
+    decoder: Decoder | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of qllm.LogitStats by name, and same_top as uint8."""
+    """The arrays of qllm.LogitStats by name, and same_top as uint8. decoder: the statistics are
+    computed on its device where it offers that; the bits are the same."""
 
 def gumbel(seed: Any, prompt: Any, step: Any, tokens: Any) -> Any:
     """Standard Gumbel noise of tokens: float64 (n,), or a float for one token."""

@@ -145,6 +145,7 @@ def logit_stats(
     temperatures: float | Sequence[float] | np.ndarray,
     targets: Any = None,
     threads: int | None = None,
+    decoder: Any = None,
 ) -> LogitStats:
     """Compares the distributions of two arrays of logits, (vocab,) or (n, vocab) float32, at every
     temperature, exactly and without sampling.
@@ -153,12 +154,13 @@ def logit_stats(
     (n,) integers (a number for one row; -1 for none), for `delta_p`. Sums are in float64; equal
     rows give exactly 0 in every difference. The agreement follows from Gumbel coupling
     (arXiv 2408.07978); docs/sampling.md derives the form used. Many rows are spread over `threads`
-    (None: QLLM_THREADS, or all processors); results do not depend on how many.
+    (None: QLLM_THREADS, or all processors), or computed on the device of `decoder`
+    (`Model.decoder`) where it offers that; results depend on neither.
 
     Raises `QllmValueError` for NaN, +inf, rows that are all -inf, shapes that differ, and
     temperatures or targets outside their range.
     """
-    arrays = _core.logit_stats(ref, test, temperatures, targets, threads=threads)
+    arrays = _core.logit_stats(ref, test, temperatures, targets, threads=threads, decoder=decoder)
     same_top = arrays.pop("same_top").astype(bool)
     return LogitStats(
         temperatures=np.atleast_1d(np.array(temperatures, np.float64)),

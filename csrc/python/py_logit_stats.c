@@ -8,6 +8,7 @@
 #include "python/arguments.h"
 #include "python/array.h"
 #include "python/py_cpu.h"
+#include "python/py_decoder.h"
 
 /* The keys of the returned dict, in the order of the pointers of qllm_logit_stats. */
 enum { N_STATS = 10 };
@@ -106,22 +107,76 @@ static int64_t work_per_row(const stats_context *c)
     return qllm_checked_mul(c->ref.vocab, c->n_temperatures, &work) ? work : INT64_MAX;
 }
 
+/* All rows here, on `threads` threads. */
+static int run_on_host(qllm_state *state, stats_context *c, int threads)
+{
+    const qllm_row_work work = {stats_row, c, qllm_logit_stats_scratch(c->ref.vocab),
+                                work_per_row(c), threads};
+    return qllm_each_row(state, &c->ref, &work);
+}
+
+/* All rows on a decoder's device. */
+static int run_on_device(const qllm_state *state, stats_context *c, qllm_decoder_object *decoder)
+{
+    double **s = c->stats;
+    const qllm_logit_stats out = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
+    qllm_error error;
+    qllm_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = decoder->backend->logit_stats(decoder->decoder, c->ref.data, c->test.data, c->ref.n,
+                                           c->temperatures, c->n_temperatures, c->targets, &out,
+                                           c->same_top, &error);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK)
+        qllm_raise(state, &error);
+    return status == QLLM_OK ? 0 : -1;
+}
+
+/* The decoder on whose device rows of that width are to be compared, NULL for here; -1 with an
+ * exception. */
+static int take_decoder(const qllm_state *state, PyObject *object, int64_t vocab,
+                        qllm_decoder_object **out)
+{
+    *out = NULL;
+    if (object == Py_None)
+        return 0;
+    if (!Py_IS_TYPE(object, state->decoder_type)) {
+        PyErr_Format(PyExc_TypeError, "decoder: expected a Decoder, found %s",
+                     Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    qllm_decoder_object *decoder = (qllm_decoder_object *)object;
+    if (decoder->backend->logit_stats == NULL)
+        return 0;
+    int64_t known = qllm_embedding_slot(decoder).rows;
+    if (known != vocab) {
+        qllm_raise_value(state, "ref: rows of %lld tokens, but the decoder knows %lld",
+                         (long long)vocab, (long long)known);
+        return -1;
+    }
+    *out = decoder;
+    return 0;
+}
+
 static PyObject *py_logit_stats(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ref", "test", "temperatures", "targets", "isa", "threads", NULL};
+    static char *names[] = {"ref", "test", "temperatures", "targets", "isa", "threads",
+                            "decoder", NULL};
     qllm_state *state = qllm_state_of(module);
     PyObject *ref, *test, *temperatures, *targets = Py_None, *target_array = NULL, *result = NULL;
-    PyObject *threads = Py_None;
+    PyObject *threads = Py_None, *object = Py_None;
+    qllm_decoder_object *decoder;
     const char *isa = NULL;
     stats_context c;
-    qllm_row_work work = {.row = stats_row, .context = &c};
+    int count, failed;
     memset(&c, 0, sizeof c);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O$zO:logit_stats", names, &ref, &test,
-                                     &temperatures, &targets, &isa, &threads) ||
-        qllm_parse_threads(state, threads, &work.threads) < 0 ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O$zOO:logit_stats", names, &ref, &test,
+                                     &temperatures, &targets, &isa, &threads, &object) ||
+        qllm_parse_threads(state, threads, &count) < 0 ||
         (c.ops = qllm_choose_logit_ops(state, isa)) == NULL)
         return NULL;
-    if (parse_pair(state, ref, test, &c) < 0 || parse_temperatures(state, temperatures, &c) < 0)
+    if (parse_pair(state, ref, test, &c) < 0 || parse_temperatures(state, temperatures, &c) < 0 ||
+        take_decoder(state, object, c.ref.vocab, &decoder) < 0)
         goto out;
     if (targets != Py_None) {
         target_array = qllm_parse_tokens(state, targets, &c.ref, "targets");
@@ -129,11 +184,13 @@ static PyObject *py_logit_stats(PyObject *module, PyObject *args, PyObject *kwar
             goto out;
         c.targets = qllm_array_data(target_array);
     }
-    work.scratch = qllm_logit_stats_scratch(c.ref.vocab);
-    work.logits = work_per_row(&c);
     result = new_results(&c);
-    if (result != NULL && qllm_each_row(state, &c.ref, &work) < 0)
-        Py_CLEAR(result);
+    if (result != NULL) {
+        failed = decoder != NULL ? run_on_device(state, &c, decoder)
+                                 : run_on_host(state, &c, count);
+        if (failed < 0)
+            Py_CLEAR(result);
+    }
 out:
     Py_XDECREF(target_array);
     Py_XDECREF(c.ref.array);
@@ -144,7 +201,8 @@ out:
 
 static PyMethodDef functions[] = {
     {"logit_stats", (PyCFunction)(void (*)(void))py_logit_stats, METH_VARARGS | METH_KEYWORDS,
-     "logit_stats($module, ref, test, temperatures, targets=None, *, isa=None, threads=None)\n"
+     "logit_stats($module, ref, test, temperatures, targets=None, *, isa=None, threads=None, "
+     "decoder=None)\n"
      "--\n\n"
      "Compares rows of logits, (vocab) or (n, vocab) float32, at all temperatures: a dict of kl, "
      "kl_reverse, tv, disagreement, entropy_ref, entropy_test, max_ref, delta_p, cross, log_z_ref, "

@@ -27,7 +27,8 @@ PEAK_SECONDS = 0.01  # of each multiply loop
 @dataclass
 class Result:
     """One format. `prefill` and `decode` are tokens per second, and `of_read` the share of what the
-    read loop of the same round allows for the decode, a value a round each."""
+    read loop of the same round allows for the decode, a value a round each; none where the model
+    computes on another device than the processor."""
 
     format: str
     bytes_per_token: int
@@ -41,7 +42,7 @@ class Result:
 @dataclass
 class Limits:
     """What the machine can do, a value a round: bytes per second of the read loop, and operations
-    per second of each unit that multiplies."""
+    per second of each unit that multiplies. Empty for another device than the processor."""
 
     read: list[float] = field(default_factory=list)
     peaks: dict[str, list[float]] = field(default_factory=dict)
@@ -64,12 +65,13 @@ def bench(arguments: argparse.Namespace) -> None:
         "batch": arguments.batch,
     }
     if arguments.json:
-        units = _core.multiply_units(isa=arguments.isa)
+        units = _core.multiply_units(isa=arguments.isa) if limits.peaks else {}
         peaks = {unit: {"instruction": units[unit]} | _summary(values)
                  for unit, values in limits.peaks.items()}
+        found = {"read_bytes_per_second": _summary(limits.read),
+                 "operations_per_second": peaks} if limits.read else None
         print_json(facts | {
-            "limits": {"read_bytes_per_second": _summary(limits.read),
-                       "operations_per_second": peaks},
+            "limits": found,
             "formats": [_record(result) for result in results]})
         return
     print(_page(facts, limits, results))
@@ -82,10 +84,11 @@ def _subject(arguments: argparse.Namespace) -> Subject:
             raise UsageError("qllm bench takes a MODEL or --shape, not both (see qllm bench"
                              " --help)")
         return Loaded(load(arguments))
-    if arguments.revision is not None or arguments.device != "cpu":
-        raise UsageError("qllm bench --revision and --device need a MODEL (see qllm bench --help)")
+    if arguments.revision is not None:
+        raise UsageError("qllm bench --revision needs a MODEL (see qllm bench --help)")
     return Random(arguments.shape or "small", list(dict.fromkeys(arguments.formats)),
-                  compute=arguments.compute, threads=arguments.threads, isa=arguments.isa)
+                  device=arguments.device, compute=arguments.compute, threads=arguments.threads,
+                  isa=arguments.isa)
 
 
 def measure(subject: Subject,
@@ -98,7 +101,8 @@ def measure(subject: Subject,
     prompt = np.random.default_rng(0).integers(0, subject.vocab, arguments.prompt_tokens)
     results: dict[str, Result] = {}
     limits = Limits()
-    probe = _limit_probe(arguments.isa, arguments.threads)
+    on_processor = arguments.device == "cpu"
+    probe = _limit_probe(arguments.isa, arguments.threads) if on_processor else dict
     for number in range(-1, arguments.rounds):
         measured = probe()
         for format in dict.fromkeys(arguments.formats):
@@ -107,20 +111,21 @@ def measure(subject: Subject,
             result = results.setdefault(format, Result(
                 format, ready.bytes_per_token, ready.bits_per_weight, ready.kernels))
             if number >= 0:
-                _add(result, ready, prefill, decode, measured["read"], arguments)
-        if number >= 0:
+                _add(result, ready, prefill, decode, measured.get("read"), arguments)
+        if number >= 0 and on_processor:
             limits.read.append(measured.pop("read"))
             for unit, speed in measured.items():
                 limits.peaks.setdefault(unit, []).append(speed)
     return limits, list(results.values()), ready.decoder.info()
 
 
-def _add(result: Result, ready: Ready, prefill: float, decode: float, read: float,
+def _add(result: Result, ready: Ready, prefill: float, decode: float, read: float | None,
          arguments: argparse.Namespace) -> None:
     steps = arguments.new_tokens / decode
     result.prefill.append(arguments.prompt_tokens / prefill)
     result.decode.append(arguments.batch * steps)
-    result.of_read.append(ready.bytes_per_token * steps / read)
+    if read is not None:
+        result.of_read.append(ready.bytes_per_token * steps / read)
 
 
 def _times(decoder: Any, prompt: np.ndarray, new_tokens: int, batch: int) -> tuple[float, float]:
@@ -128,14 +133,12 @@ def _times(decoder: Any, prompt: np.ndarray, new_tokens: int, batch: int) -> tup
     start = time.perf_counter()
     sequence = decoder.sequence()
     want = np.arange(len(prompt)) == len(prompt) - 1
-    logits = decoder.step([sequence] * len(prompt), prompt, want)
-    tokens = _core.sample(logits, temperature=0.0)[0]
+    tokens = decoder.step_draw([sequence] * len(prompt), prompt, want, [0], temperature=0.0)[0]
     middle = time.perf_counter()
     sequences = [sequence, *(sequence.fork() for _ in range(batch - 1))]
-    tokens = np.repeat(tokens, batch)
+    tokens, rows = np.repeat(tokens, batch), np.arange(batch)
     for _ in range(new_tokens):
-        logits = decoder.step(sequences, tokens)
-        tokens = _core.sample(logits, temperature=0.0)[0]
+        tokens = decoder.step_draw(sequences, tokens, None, rows, temperature=0.0)[0]
     return middle - start, time.perf_counter() - middle
 
 
@@ -171,7 +174,7 @@ def _record(result: Result) -> dict[str, Any]:
         "bits_per_weight": result.bits_per_weight, "kernels": result.kernels,
         "prefill_tokens_per_second": _summary(result.prefill),
         "decode_tokens_per_second": _summary(result.decode),
-        "share_of_read": _summary(result.of_read),
+        "share_of_read": _summary(result.of_read) if result.of_read else None,
     }
 
 
@@ -179,17 +182,20 @@ def _page(facts: dict[str, Any], limits: Limits, results: list[Result]) -> str:
     """The table for a reader."""
     peaks = ", ".join(f"{unit} {statistics.median(values) / 1e9:.0f}"
                       for unit, values in limits.peaks.items())
+    threads = f", {facts['threads']} threads" if limits.read else ""
+    can = [f"reads {statistics.median(limits.read) / 1e9:.1f} GB/s; multiplies, billions of"
+           f" operations per second: {peaks}"] if limits.read else []
     head = [
-        f"{facts['processor']}, {facts['instruction_set']}, {facts['threads']} threads;"
+        f"{facts['processor']}, {facts['instruction_set']}{threads};"
         f" {facts['model']}, {facts['parameters']:,} parameters, compute {facts['compute']}",
-        f"reads {statistics.median(limits.read) / 1e9:.1f} GB/s; multiplies, billions of operations"
-        f" per second: {peaks}",
+        *can,
         f"medians of {facts['rounds']} rounds: prefill of {facts['prompt_tokens']} tokens, decode"
         f" of {facts['new_tokens']} tokens in a batch of {facts['batch']}",
     ]
     rows = [(result.format, size_text(result.bytes_per_token), f"{result.bits_per_weight:.3f}",
              f"{statistics.median(result.prefill):.1f}", f"{statistics.median(result.decode):.1f}",
-             f"{100 * statistics.median(result.of_read):.0f} %", "; ".join(result.kernels))
+             f"{100 * statistics.median(result.of_read):.0f} %" if limits.read else "",
+             "; ".join(result.kernels))
             for result in results]
     return "\n".join([*head, text_table(
         ("format", "bytes/token", "bits/w", "prefill tok/s", "decode tok/s", "of read", "kernels"),

@@ -70,14 +70,15 @@ class Loaded:
 class Random:
     """Random weights of a Llama's shape, in every format at once, the output embedding in bf16."""
 
-    def __init__(self, shape: str, formats: list[str], *, compute: str, threads: int | None,
-                 isa: str | None) -> None:
+    def __init__(self, shape: str, formats: list[str], *, device: str, compute: str,
+                 threads: int | None, isa: str | None) -> None:
         sizes = SHAPES[shape]
         self.name = f"a random Llama of shape {shape}"
         self.vocab, self.max_positions = sizes["vocab"], _POSITIONS
         config = describe(_config(sizes)).decoder
-        self.decoders = {format: _core.Decoder(config, threads=threads, isa=isa, compute=compute)
-                         for format in formats}
+        self.decoders = {
+            format: _core.Decoder(config, device=device, threads=threads, isa=isa, compute=compute)
+            for format in formats}
         self.linear_bytes = dict.fromkeys(formats, 0)
         self.weights = self.parameters = 0
         rng = np.random.default_rng(0)

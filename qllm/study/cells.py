@@ -216,7 +216,9 @@ def _compare(text: _Reading, model: LoadedArm, reference: OwnArm) -> dict[str, A
         "id": text.id,
         "kind": text.kind,
         "seed": text.seed,
-        **compare_logits(model.design, ref, test, targets, text.id, reference.threads),
+        **compare_logits(
+            model.design, ref, test, targets, text.id, reference.threads, reference.model.decoder
+        ),
     }
 
 
@@ -227,14 +229,20 @@ def compare_logits(
     targets: Sequence[int],
     what: str,
     threads: int | None,
+    decoder: Any = None,
 ) -> dict[str, Any]:
     """The measures of a text `what` from the logits of reference and arm, (tokens, vocab) float32,
-    and the token that follows each."""
+    and the token that follows each; on the device of `decoder` where it offers that."""
     from .. import logit_stats
 
     grid = design.logit_temperatures
     found = logit_stats(
-        ref, test, np.asarray([*grid, 1.0], np.float64), targets=list(targets), threads=threads
+        ref,
+        test,
+        np.asarray([*grid, 1.0], np.float64),
+        targets=list(targets),
+        threads=threads,
+        decoder=decoder,
     )
     confidence = found.max_ref[:, -1]  # of the reference at temperature 1, wherever the grid ends
     values = {name: getattr(found, field)[:, :-1] for name, field in MEASURES.items()}
@@ -250,7 +258,7 @@ def compare_logits(
         "curves": {name: _means(rows, name, what) for name, rows in values.items()},
         "tenths": _tenths(confidence, values),
         "top_k": {
-            str(top_k): _after_top_k(design, ref, test, top_k, threads)
+            str(top_k): _after_top_k(design, ref, test, top_k, threads, decoder)
             for top_k in design.top_k
             if top_k > 0
         },
@@ -290,7 +298,12 @@ def _tenths(confidence: np.ndarray, values: dict[str, np.ndarray]) -> dict[str, 
 
 
 def _after_top_k(
-    design: Design, ref: np.ndarray, test: np.ndarray, top_k: int, threads: int | None
+    design: Design,
+    ref: np.ndarray,
+    test: np.ndarray,
+    top_k: int,
+    threads: int | None,
+    decoder: Any,
 ) -> dict[str, list[float]]:
     """The measures that stay finite when both distributions are cut to their own `top_k` tokens,
     meaned over the tokens."""
@@ -301,6 +314,7 @@ def _after_top_k(
         keep_top_k(test, top_k, design.keep_ties),
         np.asarray(design.logit_temperatures, np.float64),
         threads=threads,
+        decoder=decoder,
     )
     return {
         name: [float(mean) for mean in getattr(found, name).mean(axis=0)]

@@ -198,10 +198,11 @@ def compute_lockstep(task: Task) -> dict[str, Any]:
     read = list(_passages(task, halves[0])) if len(halves) == 2 else []
     rows = []
     found = logits(halves, [ids[:-1] for _, ids in read])
-    threads = host_threads(mine._decoder(mine.architecture))
+    decoder = mine._decoder(mine.architecture)
+    threads = host_threads(decoder)
     for (text, ids), sides in zip(read, found):
         ref, test = (round_logits(side, design.logits_dtype) for side in sides)
-        measures = compare_logits(design, ref, test, ids[1:], text.id, threads)
+        measures = compare_logits(design, ref, test, ids[1:], text.id, threads, decoder)
         rows.append({"source": "held", "id": text.id, "kind": text.kind, "seed": None, **measures})
     for _ in found:  # without texts, the layers are loaded for what they are
         pass
