@@ -1,10 +1,18 @@
-"""Build rules only: the sources, the instruction-set flags of single files, the sanitizer switch.
+"""Build rules only: the sources, the instruction-set flags of single files, the sanitizer switch,
+and the kernels for NVIDIA GPUs, which are built where nvcc is there and left out where it is not.
 
-QLLM_SANITIZE=address,undefined (or thread)  builds the extension for those sanitizers
+QLLM_SANITIZE=address,undefined (or thread)  builds the extension for those sanitizers, no kernels
 QLLM_WERROR=1                                 turns warnings into errors (CI does)
+QLLM_CUDA=1                                   a failure to build qllm/_cuda.so is an error
+QLLM_NO_CUDA=1                                leaves qllm/_cuda.so out
+QLLM_CUDA_ARCHES="80 90"                      the compute capabilities it is built for, without dots
+QLLM_TEST_HOOKS=1                             puts the functions for tests of kernels into it
+NVCC                                          nvcc, if it is not the one on PATH
 """
 
 import os
+import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +22,8 @@ from setuptools import Command, Extension, setup
 from setuptools._distutils.ccompiler import new_compiler
 from setuptools._distutils.sysconfig import customize_compiler
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 HERE = Path(__file__).parent
 
@@ -42,6 +52,11 @@ COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-m
 # What a device library (kernels/) holds of csrc/: formats and configurations mean the same there.
 DEVICE_C = ["csrc/core/*.c", "csrc/decoder/checks.c", "csrc/decoder/config.c",
             "csrc/decoder/positions.c", "csrc/decoder/slots.c"]
+# -fmad=false: as -ffp-contract=off above.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Ikernels", "-Icsrc",
+              "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+# Machine code for these; later ones translate the PTX of the last when they first run it.
+CUDA_ARCHES = ["80", "86", "89", "90", "100", "120"]
 
 
 def sources(left_out: str) -> list[str]:
@@ -57,9 +72,95 @@ def flags_by_suffix(compiler: list[str]) -> dict[str, list[str]]:
     return {"x86_64": X86, "aarch64": ARM64, "arm64": ARM64}.get(machine, {})
 
 
+def is_set(name: str) -> bool:
+    return os.environ.get(name) == "1"
+
+
+def run(command: list[str]) -> str:
+    """What it prints; CompileError with that when it fails."""
+    try:
+        done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True)
+    except OSError as error:
+        raise CompileError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise CompileError(f"{shlex.join(command)}\n{done.stdout}")
+    return done.stdout
+
+
+def find_nvcc() -> list[str]:
+    nvcc = shlex.split(os.environ.get("NVCC") or "nvcc")
+    if shutil.which(nvcc[0]) is None:
+        raise CompileError(f"{nvcc[0]} is not installed; it comes with the CUDA toolkit")
+    return nvcc
+
+
+def gpu_code_flags(nvcc: list[str]) -> list[str]:
+    """For the asked-for architectures, or those of CUDA_ARCHES that this nvcc knows."""
+    arches = os.environ.get("QLLM_CUDA_ARCHES", "").replace(",", " ").split()
+    if not arches:
+        known = run([*nvcc, "--list-gpu-code"]).split()
+        arches = [arch for arch in CUDA_ARCHES if f"sm_{arch}" in known]
+    if not arches:
+        raise CompileError(f"{nvcc[0]} builds for none of the architectures {CUDA_ARCHES}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
+    flags.append(f"-gencode=arch=compute_{arches[-1]},code=compute_{arches[-1]}")
+    if "--compress-mode" in run([*nvcc, "--help"]):
+        flags.append("--compress-mode=size")  # a sixth of the bytes
+    return flags
+
+
+def build_cuda(target: Path, temporary: Path, cc: list[str]) -> None:
+    """Compiles what is new of kernels/*.cu and DEVICE_C, into one library that needs no CUDA to be
+    installed where it is loaded."""
+    nvcc = find_nvcc()
+    code = gpu_code_flags(nvcc)
+    werror = is_set("QLLM_WERROR")
+    commands = {
+        ".c": [*cc, *COMMON, "-fPIC", "-Icsrc", *(["-Werror"] if werror else [])],
+        ".cu": [*nvcc, "--threads=0", *NVCC_FLAGS, *code,
+                *(["-Werror=all-warnings", "-Xcompiler=-Werror"] if werror else [])],
+    }
+    kernels = [path for path in HERE.glob("kernels/*.cu")
+               if is_set("QLLM_TEST_HOOKS") or not path.name.startswith("test_hooks")]
+    kernels.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest first
+    files = [*kernels, *(path for pattern in DEVICE_C for path in HERE.glob(pattern))]
+    headers = [*HERE.glob("kernels/*.h"), *HERE.glob("csrc/*/*.h"), HERE / "setup.py"]
+    arches = [flag.split("_")[-1] for flag in code if flag.startswith("-gencode")]
+    folder = temporary.absolute() / "-".join(["cuda", *arches])
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(path: Path) -> str:
+        obj = folder / f"{path.name}.o"
+        if newer_group([path, *headers], obj):
+            partial = obj.with_suffix(".partial.o")
+            run([*commands[path.suffix], "-c", str(path), "-o", str(partial)])
+            partial.replace(obj)
+        return str(obj)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, files))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run([*nvcc, "-shared", "--cudart=static", *code, "-Xlinker=-s,-z,defs,--exclude-libs,ALL",
+         *objects, "-o", str(target.absolute())])
+
+
 class BuildExt(build_ext):
     """Leaves out the files of other machines, adds each file's own flags to its compilation, and
     compiles as many files at once as there are processors."""
+
+    def run(self) -> None:
+        super().run()
+        target = Path(self.get_ext_fullpath("qllm._core")).parent / "_cuda.so"
+        target.unlink(missing_ok=True)  # an old one would not fit the package
+        if is_set("QLLM_NO_CUDA") or os.environ.get("QLLM_SANITIZE"):
+            return
+        try:
+            build_cuda(target, Path(self.build_temp), list(self.compiler.compiler_so))
+        except CompileError as error:
+            if is_set("QLLM_CUDA"):
+                raise
+            self.warn(f"without kernels for GPUs: {error}")
 
     def build_extensions(self) -> None:
         compile_one, link = self.compiler._compile, self.compiler.link_shared_object

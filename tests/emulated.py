@@ -88,7 +88,9 @@ def _is_fresh(record: Path, command: list[str]) -> bool:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    without = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True,
+                          timeout=600)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
 
 
@@ -106,10 +108,9 @@ def _compile(command: list[str], folder: Path, source: str) -> tuple[Path, bool]
     return target, True
 
 
-def build(variant: str = "plain", kernels: Sequence[str] | None = None,
-          extra: Sequence[str] = ()) -> Path:
-    """The library of a variant, built if need be: of all kernels/*.cu, or of those of that name;
-    and of `extra` sources, paths from the root of the repository."""
+def build(variant: str = "plain", sources: Sequence[str] | None = None) -> Path:
+    """The library of a variant, built if need be: of all kernels/*.cu and what setup.py puts beside
+    them, or of those sources alone (paths from the root of the repository); and of the emulation."""
     c, cxx = compilers()
     rules = build_rules()
     flags = [*rules["COMMON"], *VARIANTS[variant], "-fPIC", "-Icsrc"]
@@ -122,31 +123,42 @@ def build(variant: str = "plain", kernels: Sequence[str] | None = None,
                 "-Wno-unknown-pragmas"],
     }
     commands[".cc"] = commands[".cu"]
-    names = [path.name for path in (ROOT / "kernels").glob("*.cu")] if kernels is None else kernels
-    sources = [f"kernels/{name}" for name in names]
-    for pattern in [*rules["DEVICE_C"], "kernels/emulate/*.cc"]:
-        sources += [path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)]
-    sources = sorted([*sources, *extra])
+    patterns = ["kernels/*.cu", *rules["DEVICE_C"]] if sources is None else list(sources)
+    files = [path for pattern in [*patterns, "kernels/emulate/*.cc"] for path in ROOT.glob(pattern)]
+    files.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest first
 
     folder = FOLDER / variant
     folder.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256("\n".join(sources).encode()).hexdigest()[:12]
-    library = folder / ("_emulated.so" if kernels is None and not extra else f"_{name}.so")
+    name = hashlib.sha256("\n".join(sorted(patterns)).encode()).hexdigest()[:12]
+    library = folder / ("_emulated.so" if sources is None else f"_{name}.so")
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(
-                lambda source: _compile(commands[Path(source).suffix], folder, source), sources))
+                lambda path: _compile(commands[path.suffix], folder,
+                                      path.relative_to(ROOT).as_posix()), files))
         record = library.with_suffix(".json")
         made = [str(path) for path, _ in objects]
         command = [*cxx, "-shared", *VARIANTS[variant], *made, "-lm", "-lpthread"]
-        files = {path: _digest(path) for path in made}
         if not library.exists() or not _is_fresh(record, command):
             fresh = library.with_suffix(f".{os.getpid()}")
             _run([*command, "-o", str(fresh)])
             fresh.replace(library)  # who has the old one loaded keeps it
-            record.write_text(json.dumps({"command": command, "files": files}))
+            record.write_text(json.dumps({"command": command,
+                                          "files": {path: _digest(path) for path in made}}))
     return library
+
+
+def environment(variant: str) -> dict[str, str]:
+    """For a new process that loads the library of a variant: a sanitizer's runtime comes first."""
+    result = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    if variant == "sanitized":
+        _, cxx = compilers()
+        paths = [subprocess.run([*cxx, f"-print-file-name={name}"], check=True, capture_output=True,
+                                text=True).stdout.strip() for name in ("libasan.so", "libstdc++.so")]
+        result |= {"LD_PRELOAD": " ".join(paths), "PYTHONMALLOC": "malloc",
+                   "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return result
 
 
 # ------------------------------------------------------------------------------------- calling
