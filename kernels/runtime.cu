@@ -7,7 +7,6 @@
 
 #include "driver.h"
 
-
 enum { OLDEST_MAJOR = 8 }; /* mma of bf16 and cp.async */
 enum { RESERVE = 20 }; /* 1/20 of the memory stays free: for the driver, and who shares the device */
 

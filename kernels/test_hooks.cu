@@ -74,7 +74,7 @@ GPU_EXPORT qllm_status gpu_test_shuffles(const uint32_t *v, const int32_t *lanes
                                          uint32_t *out, int64_t n, qllm_error *error)
 {
     return gpu_test_finish(GPU_LAUNCH(shuffles, static_cast<int>(n / 64), 64, 0, NULL, v, lanes,
-                             static_cast<uint32_t>(limit), out, n), error);
+                                      static_cast<uint32_t>(limit), out, n), error);
 }
 
 /* out (n): sums of each 8 lanes by shuffles of float64, all lanes of a warp but the last 8. */
@@ -93,7 +93,8 @@ GPU_KERNEL void sum_eights(const double *v, double *out)
 GPU_EXPORT qllm_status gpu_test_sum_eights(const double *v, double *out, int64_t n,
                                            qllm_error *error)
 {
-    return gpu_test_finish(GPU_LAUNCH(sum_eights, static_cast<int>(n / 64), 64, 0, NULL, v, out), error);
+    return gpu_test_finish(GPU_LAUNCH(sum_eights, static_cast<int>(n / 64), 64, 0, NULL, v, out),
+                           error);
 }
 
 /* ---------------------------------------------------------------------------- matrix products */
@@ -154,7 +155,7 @@ GPU_EXPORT qllm_status gpu_test_mma_s8(const int8_t *a, const int8_t *b, int32_t
     return gpu_test_finish(GPU_LAUNCH(mma_s8, 1, GPU_WARP, 0, NULL, a, b, d), error);
 }
 
-/* in (4, 8, 8) values of 16 bits; out (2, 32, 4): the registers of each lane, plain and transposed. */
+/* in (4, 8, 8) values of 16 bits; out (2, 32, 4): each lane's registers, plain and transposed. */
 GPU_KERNEL void load_matrices(const uint4 *in, uint32_t *out)
 {
     GPU_SHARED(uint4, rows);
@@ -171,8 +172,8 @@ GPU_KERNEL void load_matrices(const uint4 *in, uint32_t *out)
 
 GPU_EXPORT qllm_status gpu_test_load_matrices(const uint4 *in, uint32_t *out, qllm_error *error)
 {
-    return gpu_test_finish(GPU_LAUNCH(load_matrices, 1, GPU_WARP, GPU_WARP * sizeof(uint4), NULL, in, out),
-                  error);
+    return gpu_test_finish(GPU_LAUNCH(load_matrices, 1, GPU_WARP, GPU_WARP * sizeof(uint4), NULL,
+                                      in, out), error);
 }
 
 /* ------------------------------------------------------------------------------------ memory */
@@ -199,8 +200,8 @@ GPU_KERNEL void sum_through_ring(const uint4 *in, uint32_t *out, int turns)
 GPU_EXPORT qllm_status gpu_test_ring(const uint4 *in, uint32_t *out, int64_t turns,
                                      qllm_error *error)
 {
-    return gpu_test_finish(GPU_LAUNCH(sum_through_ring, 1, 64, 3 * 64 * sizeof(uint4), NULL, in, out,
-                             static_cast<int>(turns)), error);
+    return gpu_test_finish(GPU_LAUNCH(sum_through_ring, 1, 64, 3 * 64 * sizeof(uint4), NULL, in,
+                                      out, static_cast<int>(turns)), error);
 }
 
 /* Each block reverses its 256 values; the shared memory is as large as asked for. */
@@ -218,7 +219,7 @@ GPU_EXPORT qllm_status gpu_test_reverse(const float *in, float *out, int64_t col
 {
     dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
     return gpu_test_finish(GPU_LAUNCH(reverse_blocks, grid, static_cast<int>(threads),
-                             static_cast<size_t>(shared), NULL, in, out), error);
+                                      static_cast<size_t>(shared), NULL, in, out), error);
 }
 
 /* out (4): the sum, largest, smallest and disjunction of v (n). */
@@ -234,7 +235,8 @@ GPU_KERNEL void gather_atomics(const uint32_t *v, uint32_t *out)
 GPU_EXPORT qllm_status gpu_test_atomics(const uint32_t *v, uint32_t *out, int64_t n,
                                         qllm_error *error)
 {
-    return gpu_test_finish(GPU_LAUNCH(gather_atomics, static_cast<int>(n / 64), 64, 0, NULL, v, out), error);
+    return gpu_test_finish(GPU_LAUNCH(gather_atomics, static_cast<int>(n / 64), 64, 0, NULL, v,
+                                      out), error);
 }
 
 /* ---------------------------------------------------------------------------------- arithmetic */
@@ -256,8 +258,8 @@ GPU_KERNEL void convert(const float *x, const float *y, const uint16_t *half, ui
 GPU_EXPORT qllm_status gpu_test_convert(const float *x, const float *y, const uint16_t *half,
                                         uint32_t *out, int64_t n, qllm_error *error)
 {
-    return gpu_test_finish(GPU_LAUNCH(convert, static_cast<int>(n / 64), 64, 0, NULL, x, y, half, out, n),
-                  error);
+    return gpu_test_finish(GPU_LAUNCH(convert, static_cast<int>(n / 64), 64, 0, NULL, x, y, half,
+                                      out, n), error);
 }
 
 /* --------------------------------------------------------------------------- streams and graphs */

@@ -110,7 +110,7 @@ def _compile(command: list[str], folder: Path, source: str) -> tuple[Path, bool]
 
 def build(variant: str = "plain", sources: Sequence[str] | None = None) -> Path:
     """The library of a variant, built if need be: of all kernels/*.cu and what setup.py puts beside
-    them, or of those sources alone (paths from the root of the repository); and of the emulation."""
+    them, or of those sources alone (paths from the repository's root); and of the emulation."""
     c, cxx = compilers()
     rules = build_rules()
     flags = [*rules["COMMON"], *VARIANTS[variant], "-fPIC", "-Icsrc"]
@@ -154,8 +154,9 @@ def environment(variant: str) -> dict[str, str]:
     result = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     if variant == "sanitized":
         _, cxx = compilers()
-        paths = [subprocess.run([*cxx, f"-print-file-name={name}"], check=True, capture_output=True,
-                                text=True).stdout.strip() for name in ("libasan.so", "libstdc++.so")]
+        paths = [subprocess.run([*cxx, f"-print-file-name={name}"], check=True, text=True,
+                                capture_output=True).stdout.strip()
+                 for name in ("libasan.so", "libstdc++.so")]
         result |= {"LD_PRELOAD": " ".join(paths), "PYTHONMALLOC": "malloc",
                    "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     return result

@@ -135,8 +135,9 @@ GPU_KERNEL void copy_waits_for_too_few(const float *in, float *out)
 {
     GPU_SHARED(float, values);
     for (int half = 0; half < 2; half++) {
+        int first = half * 32 + static_cast<int>(threadIdx.x) * 4;
         if (threadIdx.x < 8)
-            gpu_copy_async16(values + half * 32 + threadIdx.x * 4, in + half * 32 + threadIdx.x * 4);
+            gpu_copy_async16(values + first, in + first);
         gpu_copy_async_commit();
     }
     gpu_copy_async_wait<1>();

@@ -225,8 +225,8 @@ def test_memory_is_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     del array
     assert held(3) == before
     monkeypatch.setenv("QLLM_EMULATE_MEMORY", "1000000")
-    with pytest.raises(emulated.DeviceError, match=r"needs 1000001 bytes of memory on emulated GPU, "
-                       r"where \d+ of \d+ are free") as caught:
+    sentence = r"needs 1000001 bytes of memory on emulated GPU, where \d+ of \d+ can be used"
+    with pytest.raises(emulated.DeviceError, match=sentence) as caught:
         device.empty(1000001, np.uint8)
     assert caught.value.status == "MEMORY"
     monkeypatch.delenv("QLLM_EMULATE_MEMORY")
@@ -240,14 +240,16 @@ def test_memory_is_counted_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_devices_are_refused() -> None:
     for index in (-1, 1):
-        with pytest.raises(emulated.DeviceError, match=f'"emulated:{index}": there are 1') as caught:
+        with pytest.raises(emulated.DeviceError, match=f"emulated:{index}.*are 1") as caught:
             emulated.device().call("gpu_test_open", index)
         assert caught.value.status == "VALUE"
 
 
 @pytest.mark.parametrize(("columns", "rows", "shared", "threads", "sentence"), [
-    (1, 1, 1024, 100, "100 threads in a block"), (1, 1, 1024, 2048, "2048 threads in a block"),
-    (0, 1, 1024, 256, r"a grid of \(0, 1, 1\)"), (1, 65536, 1024, 256, r"a grid of \(1, 65536, 1\)"),
+    (1, 1, 1024, 100, "100 threads in a block"),
+    (1, 1, 1024, 2048, "2048 threads in a block"),
+    (0, 1, 1024, 256, r"a grid of \(0, 1, 1\)"),
+    (1, 65536, 1024, 256, r"a grid of \(1, 65536, 1\)"),
     (1, 1, 227 * 1024 + 1, 256, "232449 bytes of shared memory")])
 def test_launches_have_the_limits_of_a_gpu(columns: int, rows: int, shared: int, threads: int,
                                            sentence: str) -> None:
@@ -297,10 +299,10 @@ def test_shared_memory_that_is_not_set_gives_nan() -> None:
 
 
 @pytest.mark.parametrize(("name", "sentence"), [
-    ("divergence", r"shuffle_under_a_branch, block \(0, 0, 0\), thread 0, planted_bugs.cu:\d+: waits "
-                   r"with lanes 0xffffffff for thread 16, which waits in line \d+"),
-    ("exit", r"shuffle_after_an_exit, block \(0, 0, 0\), thread 32, planted_bugs.cu:\d+: waits with "
-             r"lanes 0xffffffff for thread 40, which has ended"),
+    ("divergence", r"shuffle_under_a_branch, block \(0, 0, 0\), thread 0, planted_bugs.cu:\d+: "
+                   r"waits with lanes 0xffffffff for thread 16, which waits in line \d+"),
+    ("exit", r"shuffle_after_an_exit, block \(0, 0, 0\), thread 32, planted_bugs.cu:\d+: waits "
+             r"with lanes 0xffffffff for thread 40, which has ended"),
     ("wrong_mask", r"shuffle_of_others, .* thread 16, .*: calls with lanes 0x0000ffff, of which it "
                    r"is none"),
     ("shuffle_beside_barrier", r"shuffle_beside_a_barrier, .* thread 16, .*: waits with lanes "
