@@ -458,8 +458,7 @@ def test_a_folder_that_changes_is_noticed(tmp_path: Path) -> None:
     [
         ({"compute": "fast"}, qllm.QllmUnsupportedError, ["'fast'", "exact, auto and int8"]),
         ({"compute": None}, qllm.QllmUnsupportedError, ["exact, auto and int8"]),
-        ({"device": "tpu"}, qllm.QllmError, ["tpu"]),
-        ({"device": "cuda"}, qllm.QllmUnsupportedError, ["cuda"]),
+        ({"device": "tpu"}, qllm.QllmUnsupportedError, ["tpu"]),
         ({"isa": "sse9"}, qllm.QllmError, ["sse9"]),
         ({"threads": 0}, qllm.QllmValueError, ["threads"]),
         ({"int8_outliers": "column"}, qllm.QllmValueError, ["int8_outliers", "row", "batch"]),

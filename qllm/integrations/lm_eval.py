@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .. import _core
 from ..config import GenerationConfig
 from ..errors import QllmValueError
-from ..generation import Request
+from ..generation import Request, host_threads
 from ..model import Model
 from ..strict_json import quoted
 from .chat import ChatTemplates, Message
@@ -209,7 +209,7 @@ class QllmLM(TemplateLM):
         targets = np.array([id for q in questions for id in q.targets], np.int64)
         logprobs, largest = np.empty(len(rows)), np.empty(len(rows), bool)
         piece = max(1, LOGITS // self.model.architecture.decoder["vocab"])
-        threads = decoder.info()["threads"]
+        threads = host_threads(decoder)
         for start in range(0, len(rows), piece):
             part = slice(start, start + piece)
             logits = decoder.step(rows[part], tokens[part])
