@@ -5,7 +5,7 @@
  *   GPU_KERNEL void f(args)           a kernel; GPU_KERNEL_BOUNDS(threads, blocks) before its name
  *   GPU_DEVICE, GPU_BOTH              a function for the device, or for both sides
  *   GPU_CONSTANT                      a table in constant memory: GPU_CONSTANT float t[2] = {1, 2};
- *   GPU_UNROLL                        before a loop
+ *   GPU_UNROLL, GPU_NO_UNROLL         before a loop
  *   GPU_SHARED(type, name);           type *name = the block's dynamic shared memory, aligned to 128
  *                                     bytes; once per kernel
  *   threadIdx.x, blockIdx, blockDim.x, gridDim    blocks have one dimension, of whole warps
@@ -51,6 +51,7 @@ constexpr unsigned GPU_FULL_WARP = 0xffffffffu;
 #define GPU_BOTH __host__ __device__
 #define GPU_CONSTANT static __constant__ const
 #define GPU_UNROLL _Pragma("unroll")
+#define GPU_NO_UNROLL _Pragma("unroll 1")
 #define GPU_SHARED(type, name)                                          \
     extern __shared__ __align__(128) unsigned char gpu_shared_memory[]; \
     type *name = reinterpret_cast<type *>(gpu_shared_memory)
