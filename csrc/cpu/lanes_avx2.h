@@ -18,6 +18,7 @@ enum {
     LANES_FUSED_CHAINS = 1,
     LANES_BLOCK_ROWS = 6, /* 12 sums, 2 weights and one value of x in 16 registers */
     LANES_BLOCK_TILES = 1,
+    LANES_INT8_TILES = 1,
     LANES_ATTENTION_SUMS = 4,
     LANES_INTEGER_ROWS = 2,
     LANES_INTEGER_CHAINS = 1
@@ -97,6 +98,11 @@ QLLM_INLINE lanes lanes_div(lanes a, lanes b)
 QLLM_INLINE lanes lanes_fma(lanes a, lanes b, lanes c)
 {
     return (lanes){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+
+QLLM_INLINE lanes lanes_add_product(lanes sum, lanes a, lanes b)
+{
+    return lanes_fma(a, b, sum);
 }
 
 QLLM_INLINE lanes lanes_max(lanes a, lanes b)

@@ -18,8 +18,9 @@
 enum {
     LANES_FUSED_ROWS = 4,
     LANES_FUSED_CHAINS = 2,
-    LANES_BLOCK_ROWS = 6, /* 24 sums, 4 weights and one value of x in 32 registers */
-    LANES_BLOCK_TILES = 4,
+    LANES_BLOCK_ROWS = 6, /* 12 sums, 12 outputs, 2 weights and one value of x in 32 registers */
+    LANES_BLOCK_TILES = 2,
+    LANES_INT8_TILES = 4, /* 24 sums, 4 weights and one value of x */
     LANES_ATTENTION_SUMS = 16,
     LANES_INTEGER_ROWS = 8,
     LANES_INTEGER_CHAINS = 4
@@ -48,6 +49,12 @@ QLLM_INLINE lanes lanes_sub(lanes a, lanes b) { return _mm512_sub_ps(a, b); }
 QLLM_INLINE lanes lanes_mul(lanes a, lanes b) { return _mm512_mul_ps(a, b); }
 QLLM_INLINE lanes lanes_div(lanes a, lanes b) { return _mm512_div_ps(a, b); }
 QLLM_INLINE lanes lanes_fma(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
+/* As an intrinsic, gcc 12 spills what is multiplied. */
+QLLM_INLINE lanes lanes_add_product(lanes sum, lanes a, lanes b)
+{
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
 QLLM_INLINE lanes lanes_max(lanes a, lanes b) { return _mm512_max_ps(a, b); }
 QLLM_INLINE lanes lanes_min(lanes a, lanes b) { return _mm512_min_ps(a, b); }
 QLLM_INLINE lanes lanes_negate(lanes a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }

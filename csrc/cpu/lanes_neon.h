@@ -24,6 +24,7 @@ enum {
     LANES_FUSED_CHAINS = 1,
     LANES_BLOCK_ROWS = 6, /* 24 sums, 4 of weights and one value of x in 32 registers */
     LANES_BLOCK_TILES = 1,
+    LANES_INT8_TILES = 1,
     LANES_ATTENTION_SUMS = 4,
     LANES_INTEGER_ROWS = 2,
     LANES_INTEGER_CHAINS = 1
@@ -140,6 +141,11 @@ QLLM_INLINE float32x4_t larger(float32x4_t x, float32x4_t y)
 QLLM_INLINE float32x4_t smaller(float32x4_t x, float32x4_t y)
 {
     return vbslq_f32(vcltq_f32(x, y), x, y);
+}
+
+QLLM_INLINE lanes lanes_add_product(lanes sum, lanes a, lanes b)
+{
+    return lanes_fma(a, b, sum);
 }
 
 QLLM_INLINE lanes lanes_max(lanes x, lanes y)

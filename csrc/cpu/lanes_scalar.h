@@ -19,7 +19,8 @@ enum {
     LANES_FUSED_ROWS = 1,  /* rows of x in one pass of a fused kernel */
     LANES_FUSED_CHAINS = 1, /* groups summed side by side for one row */
     LANES_BLOCK_ROWS = 1,  /* register block of the kernel for many rows: rows of x ... */
-    LANES_BLOCK_TILES = 1, /* ... by tiles of W */
+    LANES_BLOCK_TILES = 1, /* ... by tiles of float-valued W */
+    LANES_INT8_TILES = 1,  /* ... by tiles of int8 W */
     LANES_ATTENTION_SUMS = 4, /* of attention side by side: heads by vectors */
     LANES_INTEGER_ROWS = 1, /* rows of x in one pass of the integer kernel: 1, 2, 4 or 8 */
     LANES_INTEGER_CHAINS = 1 /* sums side by side for one row there: 1, 2 or 4 */
@@ -97,6 +98,12 @@ QLLM_INLINE lanes lanes_fma(lanes a, lanes b, lanes c)
 }
 
 /* a > b ? a : b and a < b ? a : b, as the x86 instructions: b where either is NaN */
+/* The same as lanes_fma(a, b, sum), where sum lives long. */
+QLLM_INLINE lanes lanes_add_product(lanes sum, lanes a, lanes b)
+{
+    return lanes_fma(a, b, sum);
+}
+
 QLLM_INLINE lanes lanes_max(lanes a, lanes b)
 {
     for (int i = 0; i < 16; i++)

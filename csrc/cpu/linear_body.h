@@ -7,7 +7,7 @@
  *
  *   fused:  few rows of x, four at a time; codes are decoded in registers, once for these four
  *   block:  more rows; BLOCK_COLUMNS columns of a few tiles are decoded into a small buffer, which
- *           every row then uses.  There is no other copy of decoded weights anywhere. */
+ *           PASS_ROWS rows then use.  There is no other copy of decoded weights anywhere. */
 #ifndef QLLM_CPU_LINEAR_BODY_H
 #define QLLM_CPU_LINEAR_BODY_H
 
@@ -21,7 +21,9 @@
 enum {
     FUSED_ROWS_MAX = 4, /* in one pass */
     CHAINS_MAX = 2,     /* divides 4 blocks, so that a run of groups stays inside a unit */
-    BLOCK_COLUMNS = 128,
+    BLOCK_COLUMNS = 256,
+    PASS_ROWS = 512, /* rows of x of which so many columns fit into the second-level cache; of fewer
+                        rows more columns do */
     BLOCK_GROUPS = BLOCK_COLUMNS / QLLM_GROUP
 };
 
@@ -94,16 +96,21 @@ QLLM_INLINE void add_tail(qllm_layout kind, const int rows, const tile_stream *s
 {
     int64_t first = s->groups * QLLM_GROUP, cols = s->packed->cols;
     lanes p[FUSED_ROWS_MAX];
+    LANES_UNROLL
     for (int m = 0; m < rows; m++)
         p[m] = lanes_zero();
     for (int64_t k = first; k < cols; k++) {
         lanes w = weight_at(kind, s->base + k / QLLM_STEP * step_bytes(kind), (int)(k % QLLM_STEP),
                             table);
+        LANES_UNROLL
         for (int m = 0; m < rows; m++)
             p[m] = lanes_fma(w, lanes_set1(x[m][k]), p[m]);
     }
-    for (int m = 0; m < rows && first < cols; m++)
-        y[m] = lanes_add(y[m], p[m]);
+    if (first < cols) {
+        LANES_UNROLL
+        for (int m = 0; m < rows; m++)
+            y[m] = lanes_add(y[m], p[m]);
+    }
 }
 
 /* One tile, `rows` rows of x from row `row` on. */
@@ -209,95 +216,183 @@ QLLM_INLINE void decode_tile(qllm_layout kind, bool nested, const qllm_packed *p
     }
 }
 
-/* The outputs of one call of the register block: where they go, and what to do first and last. */
-typedef struct block_out {
-    float *y;
+/* What all calls of the register block for some tiles and columns share. */
+typedef struct block_job {
+    const block *weights;
+    int64_t columns;
+    const float *x; /* of row 0, from the first of the columns on */
     int64_t stride;
+    float *y;       /* of row 0, from the first of the tiles on */
+    int64_t y_stride;
     int64_t width[LANES_BLOCK_TILES]; /* outputs of each tile, 16 but for the last of a matrix */
-    const float *bias;                /* for these tiles, in the last block of columns; else NULL */
-    bool fresh;                       /* the first block of columns: y starts at 0 */
-} block_out;
+    bool fresh;        /* the first columns: y starts at 0 */
+    const float *bias; /* for these tiles, with the last columns; else NULL */
+} block_job;
 
-/* y += block for `rows` rows of x and `tiles` tiles. */
-QLLM_INLINE void multiply(const int rows, const int tiles, const block *b, int64_t n,
-                          const float *x, int64_t stride, const block_out *out)
+/* The sums of the columns [k, end), a group, for `rows` rows of x from `x` on. */
+QLLM_INLINE void sum_group(const int rows, const int tiles, const block *b, const float *x,
+                           int64_t stride, int64_t k, int64_t end,
+                           lanes (*p)[LANES_BLOCK_TILES])
 {
-    for (int64_t g = 0; g * QLLM_GROUP < n; g++) {
-        lanes p[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
-        int64_t end = n - g * QLLM_GROUP < QLLM_GROUP ? n : (g + 1) * QLLM_GROUP;
+    LANES_UNROLL
+    for (int r = 0; r < rows; r++)
         LANES_UNROLL
-        for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++)
+            p[r][t] = lanes_zero();
+    for (; k < end; k++) {
+        lanes w[LANES_BLOCK_TILES];
+        LANES_UNROLL
+        for (int t = 0; t < tiles; t++)
+            w[t] = lanes_load(b->w[t] + k * 16);
+        LANES_UNROLL
+        for (int r = 0; r < rows; r++) {
+            lanes value = lanes_set1(x[r * stride + k]);
             LANES_UNROLL
             for (int t = 0; t < tiles; t++)
-                p[r][t] = lanes_zero();
-        for (int64_t k = g * QLLM_GROUP; k < end; k++) {
-            lanes w[LANES_BLOCK_TILES];
-            LANES_UNROLL
-            for (int t = 0; t < tiles; t++)
-                w[t] = lanes_load(b->w[t] + k * 16);
-            LANES_UNROLL
-            for (int r = 0; r < rows; r++) {
-                lanes value = lanes_set1(x[r * stride + k]);
-                LANES_UNROLL
-                for (int t = 0; t < tiles; t++)
-                    p[r][t] = lanes_fma(w[t], value, p[r][t]);
-            }
+                p[r][t] = lanes_add_product(p[r][t], w[t], value);
         }
-        bool last = end == n;
+    }
+}
+
+/* Asks for the outputs of the rows from `row` on: they lie far apart. */
+QLLM_INLINE void prefetch_outputs(const int rows, const int tiles, const block_job *job,
+                                  int64_t row)
+{
+    LANES_UNROLL
+    for (int r = 0; r < rows; r++)
+        LANES_UNROLL
+        for (int t = 0; t < tiles; t++)
+            __builtin_prefetch(job->y + (row + r) * job->y_stride + 16 * t, 1, 3);
+}
+
+/* The part of x that the rows from `x` on need for a group. */
+QLLM_INLINE void prefetch_group(const int rows, const float *x, int64_t stride)
+{
+    LANES_UNROLL
+    for (int r = 0; r < rows; r++) {
+        __builtin_prefetch(x + r * stride, 0, 3);
+        __builtin_prefetch(x + r * stride + QLLM_GROUP / 2, 0, 3);
+    }
+}
+
+/* y += the columns of the job, for `rows` rows of x and `tiles` tiles; y stays in registers where
+ * the set has enough of them.  `next`: the row that comes after these. */
+QLLM_INLINE void block_rows(const int rows, const int tiles, const block_job *shared, int64_t row,
+                            int64_t next)
+{
+    const block_job job = *shared;
+    const float *x = job.x + row * job.stride, *x_next = job.x + next * job.stride;
+    float *out = job.y + row * job.y_stride;
+    prefetch_outputs(rows, tiles, &job, next);
+    lanes y[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
+    LANES_UNROLL
+    for (int r = 0; r < rows; r++)
+        LANES_UNROLL
+        for (int t = 0; t < tiles; t++)
+            y[r][t] = lanes_zero();
+    if (!job.fresh) {
         LANES_UNROLL
         for (int r = 0; r < rows; r++)
             LANES_UNROLL
-            for (int t = 0; t < tiles; t++) {
-                float *y = out->y + r * out->stride + 16 * t;
-                lanes sum = lanes_zero();
-                if (g > 0 || !out->fresh)
-                    sum = lanes_load_n(y, out->width[t]);
-                sum = lanes_fma(lanes_load(b->scales[g][t]), p[r][t], sum);
-                if (last && out->bias != NULL)
-                    sum = lanes_add(sum, lanes_load_n(out->bias + 16 * t, out->width[t]));
-                lanes_store_n(y, sum, out->width[t]);
-            }
+            for (int t = 0; t < tiles; t++)
+                y[r][t] = lanes_load_n(out + r * job.y_stride + 16 * t, job.width[t]);
     }
+    for (int64_t g = 0, k = 0; k < job.columns; g++, k += QLLM_GROUP) {
+        lanes p[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
+        int64_t left = job.columns - k;
+        prefetch_group(rows, x_next + k, job.stride);
+        sum_group(rows, tiles, job.weights, x, job.stride, k,
+                  k + (left < QLLM_GROUP ? left : QLLM_GROUP), p);
+        LANES_UNROLL
+        for (int t = 0; t < tiles; t++) {
+            lanes scale = lanes_load(job.weights->scales[g][t]);
+            LANES_UNROLL
+            for (int r = 0; r < rows; r++)
+                y[r][t] = lanes_fma(scale, p[r][t], y[r][t]);
+        }
+    }
+    LANES_UNROLL
+    for (int r = 0; r < rows; r++)
+        LANES_UNROLL
+        for (int t = 0; t < tiles; t++) {
+            if (job.bias != NULL)
+                y[r][t] = lanes_add(y[r][t], lanes_load_n(job.bias + 16 * t, job.width[t]));
+            lanes_store_n(out + r * job.y_stride + 16 * t, y[r][t], job.width[t]);
+        }
 }
 
-/* All rows of x in strips of the register block. */
-QLLM_INLINE void multiply_rows(const int tiles, const block *b, int64_t first, int64_t n,
-                               const qllm_rows *in, block_out out)
+/* Functions of their own, whatever the layout: in the middle of a long one gcc 12 spills. */
+#define BLOCK_ROWS_INSTANCE(name, rows, tiles)                                                    \
+    static __attribute__((noinline)) void name(const block_job *job, int64_t row, int64_t next)   \
+    {                                                                                             \
+        block_rows(rows, tiles, job, row, next);                                                  \
+    }
+
+enum { BLOCK_ROWS_FEW = LANES_BLOCK_ROWS > 2 ? 2 : 1 };
+
+BLOCK_ROWS_INSTANCE(block_rows_wide, LANES_BLOCK_ROWS, LANES_BLOCK_TILES)
+BLOCK_ROWS_INSTANCE(block_few_wide, BLOCK_ROWS_FEW, LANES_BLOCK_TILES)
+BLOCK_ROWS_INSTANCE(block_one_wide, 1, LANES_BLOCK_TILES)
+BLOCK_ROWS_INSTANCE(block_rows_narrow, LANES_BLOCK_ROWS, 1)
+BLOCK_ROWS_INSTANCE(block_few_narrow, BLOCK_ROWS_FEW, 1)
+BLOCK_ROWS_INSTANCE(block_one_narrow, 1, 1)
+
+/* Rows [row, end) of x. */
+QLLM_INLINE void block_all_rows(const int tiles, const block_job *job, int64_t row, int64_t end)
 {
-    int64_t row = 0;
-    float *y = out.y;
-    for (; row + LANES_BLOCK_ROWS <= in->m; row += LANES_BLOCK_ROWS) {
-        out.y = y + row * out.stride;
-        multiply(LANES_BLOCK_ROWS, tiles, b, n, in->x + row * in->stride + first, in->stride, &out);
+    const bool wide = tiles > 1;
+    for (; row + LANES_BLOCK_ROWS <= end; row += LANES_BLOCK_ROWS) {
+        int64_t next = row + 2 * LANES_BLOCK_ROWS <= end ? row + LANES_BLOCK_ROWS : row;
+        (wide ? block_rows_wide : block_rows_narrow)(job, row, next);
     }
-    for (; LANES_BLOCK_ROWS > 2 && row + 2 <= in->m; row += 2) {
-        out.y = y + row * out.stride;
-        multiply(LANES_BLOCK_ROWS > 2 ? 2 : 1, tiles, b, n, in->x + row * in->stride + first,
-                 in->stride, &out);
-    }
-    for (; row < in->m; row++) {
-        out.y = y + row * out.stride;
-        multiply(1, tiles, b, n, in->x + row * in->stride + first, in->stride, &out);
-    }
+    for (; row + BLOCK_ROWS_FEW <= end; row += BLOCK_ROWS_FEW)
+        (wide ? block_few_wide : block_few_narrow)(job, row, row);
+    for (; row < end; row++)
+        (wide ? block_one_wide : block_one_narrow)(job, row, row);
 }
 
+/* Rows [row, end) of x by `tiles` tiles, the columns [first, last). */
 QLLM_INLINE void block_tiles(qllm_layout kind, bool nested, const int tiles,
                              const qllm_packed *packed, const float *bias, const qllm_rows *in,
-                             int64_t tile, float *y, int64_t y_stride)
+                             int64_t tile, int64_t row, int64_t end, int64_t first, int64_t last,
+                             float *y, int64_t y_stride)
 {
     block b;
-    block_out out = {.y = y + tile * QLLM_TILE_ROWS, .stride = y_stride};
+    int64_t o = tile * QLLM_TILE_ROWS;
+    block_job job = {.weights = &b, .stride = in->stride, .y = y + o, .y_stride = y_stride};
     for (int t = 0; t < tiles; t++) {
-        int64_t left = packed->rows - (tile + t) * QLLM_TILE_ROWS;
-        out.width[t] = left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
+        int64_t left = packed->rows - (o + t * QLLM_TILE_ROWS);
+        job.width[t] = left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
     }
-    for (int64_t first = 0; first < packed->cols; first += BLOCK_COLUMNS) {
-        int64_t left = packed->cols - first, n = left < BLOCK_COLUMNS ? left : BLOCK_COLUMNS;
+    for (; first < last; first += job.columns) {
+        job.columns = last - first < BLOCK_COLUMNS ? last - first : BLOCK_COLUMNS;
         for (int t = 0; t < tiles; t++)
-            decode_tile(kind, nested, packed, tile + t, first, n, &b, t);
-        out.fresh = first == 0;
-        out.bias = bias != NULL && left <= BLOCK_COLUMNS ? bias + tile * QLLM_TILE_ROWS : NULL;
-        multiply_rows(tiles, &b, first, n, in, out);
+            decode_tile(kind, nested, packed, tile + t, first, job.columns, &b, t);
+        job.x = in->x + first;
+        job.fresh = first == 0;
+        job.bias = bias != NULL && first + job.columns == packed->cols ? bias + o : NULL;
+        block_all_rows(tiles, &job, row, end);
+    }
+}
+
+/* All tiles use some columns of x while these are in the second-level cache. */
+QLLM_INLINE void blocks(qllm_layout kind, bool nested, const qllm_packed *packed,
+                        const float *bias, const qllm_rows *in, int64_t begin, int64_t end,
+                        float *y, int64_t y_stride)
+{
+    for (int64_t row = 0, stop; row < in->m; row = stop) {
+        stop = row + PASS_ROWS < in->m ? row + PASS_ROWS : in->m;
+        int64_t most = PASS_ROWS / (stop - row) * BLOCK_COLUMNS;
+        for (int64_t first = 0, last; first < packed->cols; first = last) {
+            int64_t tile = begin;
+            last = first + most < packed->cols ? first + most : packed->cols;
+            for (; tile + LANES_BLOCK_TILES <= end; tile += LANES_BLOCK_TILES)
+                block_tiles(kind, nested, LANES_BLOCK_TILES, packed, bias, in, tile, row, stop,
+                            first, last, y, y_stride);
+            for (; tile < end; tile++)
+                block_tiles(kind, nested, 1, packed, bias, in, tile, row, stop, first, last, y,
+                            y_stride);
+        }
     }
 }
 
@@ -312,22 +407,20 @@ static void write_bias(const qllm_packed *packed, const float *bias, const qllm_
             y[r * y_stride + o] = bias != NULL ? 0.0f + bias[o] : 0.0f;
 }
 
-/* The kernel of one layout over tiles [begin, end). */
-QLLM_INLINE void linear_layout(qllm_layout kind, bool nested, const qllm_packed *packed,
-                               const float *bias, const qllm_rows *in, int64_t begin, int64_t end,
-                               float *y, int64_t y_stride)
+/* The kernel of one layout over tiles [begin, end); `many` is its `blocks`. */
+QLLM_INLINE void linear_layout(qllm_layout kind, bool nested, qllm_linear_kernel *many,
+                               const qllm_packed *packed, const float *bias, const qllm_rows *in,
+                               int64_t begin, int64_t end, float *y, int64_t y_stride)
 {
     int64_t tile = begin;
     if (packed->cols == 0)
         for (; tile < end; tile++)
             write_bias(packed, bias, in, tile, y, y_stride);
-    if (in->m <= FEW_ROWS && kind != QLLM_LAYOUT_BYTES)
+    else if (in->m > FEW_ROWS || kind == QLLM_LAYOUT_BYTES)
+        many(packed, bias, in, begin, end, y, y_stride);
+    else
         for (; tile < end; tile++)
             fused(kind, nested, packed, bias, in, tile, y, y_stride);
-    for (; tile + LANES_BLOCK_TILES <= end; tile += LANES_BLOCK_TILES)
-        block_tiles(kind, nested, LANES_BLOCK_TILES, packed, bias, in, tile, y, y_stride);
-    for (; tile < end; tile++)
-        block_tiles(kind, nested, 1, packed, bias, in, tile, y, y_stride);
 }
 
 #endif

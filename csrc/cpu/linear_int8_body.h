@@ -42,7 +42,7 @@ QLLM_INLINE void int8_block(const int rows, const int tiles, const qllm_packed *
                             const float *bias, const qllm_rows *in, int64_t tile, int64_t row,
                             float *y, int64_t y_stride)
 {
-    ilanes sum[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
+    ilanes sum[LANES_BLOCK_ROWS][LANES_INT8_TILES];
     const uint8_t *base = qllm_packed_tile(packed, tile);
     int64_t padded = (packed->cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD;
     const int8_t *q = (const int8_t *)in->q + row * in->q_stride;
@@ -52,7 +52,7 @@ QLLM_INLINE void int8_block(const int rows, const int tiles, const qllm_packed *
         for (int t = 0; t < tiles; t++)
             sum[r][t] = ilanes_dot_start(packed->row_sums + (tile + t) * QLLM_TILE_ROWS);
     for (int64_t k = 0; k < padded; k += 4) {
-        ilanes w[LANES_BLOCK_TILES];
+        ilanes w[LANES_INT8_TILES];
         LANES_UNROLL
         for (int t = 0; t < tiles; t++)
             w[t] = ilanes_load(base + t * packed->tile_bytes + k / 4 * QLLM_LINE);
@@ -117,8 +117,8 @@ static void linear_int8(const qllm_packed *packed, const float *bias, const qllm
     if (in->m == 1)
         for (; tile < end; tile++)
             int8_single(packed, bias, in, tile, 0, y, y_stride);
-    for (; tile + LANES_BLOCK_TILES <= end; tile += LANES_BLOCK_TILES)
-        int8_tiles(LANES_BLOCK_TILES, packed, bias, in, tile, y, y_stride);
+    for (; tile + LANES_INT8_TILES <= end; tile += LANES_INT8_TILES)
+        int8_tiles(LANES_INT8_TILES, packed, bias, in, tile, y, y_stride);
     for (; tile < end; tile++)
         int8_tiles(1, packed, bias, in, tile, y, y_stride);
 }

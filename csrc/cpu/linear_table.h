@@ -16,12 +16,26 @@
         body(kind, nested, packed, bias, in, begin, end, y, y_stride);                            \
     }
 
-LINEAR_INSTANCE(linear_f32, linear_layout, QLLM_LAYOUT_F32, false)
-LINEAR_INSTANCE(linear_f16, linear_layout, QLLM_LAYOUT_F16, false)
-LINEAR_INSTANCE(linear_bf16, linear_layout, QLLM_LAYOUT_BF16, false)
-LINEAR_INSTANCE(linear_blocks, linear_layout, QLLM_LAYOUT_BLOCKS, false)
-LINEAR_INSTANCE(linear_nested, linear_layout, QLLM_LAYOUT_BLOCKS, true)
-LINEAR_INSTANCE(linear_bytes, linear_layout, QLLM_LAYOUT_BYTES, false)
+/* Many rows in a function of their own, or gcc 12 spills in the loops for few. */
+#define LAYOUT_INSTANCE(name, kind, nested)                                                       \
+    static __attribute__((noinline)) void name##_many(                                            \
+        const qllm_packed *packed, const float *bias, const qllm_rows *in, int64_t begin,         \
+        int64_t end, float *y, int64_t y_stride)                                                  \
+    {                                                                                             \
+        blocks(kind, nested, packed, bias, in, begin, end, y, y_stride);                          \
+    }                                                                                             \
+    static void name(const qllm_packed *packed, const float *bias, const qllm_rows *in,           \
+                     int64_t begin, int64_t end, float *y, int64_t y_stride)                      \
+    {                                                                                             \
+        linear_layout(kind, nested, name##_many, packed, bias, in, begin, end, y, y_stride);      \
+    }
+
+LAYOUT_INSTANCE(linear_f32, QLLM_LAYOUT_F32, false)
+LAYOUT_INSTANCE(linear_f16, QLLM_LAYOUT_F16, false)
+LAYOUT_INSTANCE(linear_bf16, QLLM_LAYOUT_BF16, false)
+LAYOUT_INSTANCE(linear_blocks, QLLM_LAYOUT_BLOCKS, false)
+LAYOUT_INSTANCE(linear_nested, QLLM_LAYOUT_BLOCKS, true)
+LAYOUT_INSTANCE(linear_bytes, QLLM_LAYOUT_BYTES, false)
 LINEAR_INSTANCE(linear_blocks_int16, linear_integer, true, false)
 LINEAR_INSTANCE(linear_nested_int16, linear_integer, true, true)
 LINEAR_INSTANCE(linear_blocks_int8, linear_integer, false, false)
