@@ -2,19 +2,19 @@
  * and for the kernels.
  *
  * A tile is 16 output rows x 64 columns, contiguous: 512 bytes of 4-bit codes, 1,024 of int8, 2,048
- * of bf16.  Tiles of the same 16 rows follow one another by ascending column.  Rows are padded to 16
- * with zero bytes; columns to 64 with zeros for int8 and bf16, while a 4-bit weight of other widths
- * is not tiled.
+ * of bf16.  Tiles of the same 16 rows follow one another by ascending column.  Rows are padded to
+ * 16 with zero bytes; columns to 64 with zeros for int8 and bf16, while a 4-bit weight of other
+ * widths is not tiled.
  *
  * Lane 4 g + t of a warp (g < 8, t < 4) owns rows g and g + 8 and columns 16 t .. 16 t + 15: what
- * the A operand of mma.m16n8k16 and mma.m16n8k32 takes from it, once k is renumbered inside the tile
- * for weights and inputs alike.  It reads 16 bytes at a time, and the 32 lanes 512 in a row:
+ * the A operand of mma.m16n8k16 and mma.m16n8k32 takes from it, once k is renumbered inside the
+ * tile for weights and inputs alike.  It reads 16 bytes at a time, and the 32 lanes 512 in a row:
  *   4-bit  one time:   8 bytes of row g, 8 bytes of row g + 8, each as in the standard bytes
- *   int8   two times:  row g, then row g + 8
- *   bf16   four times: row g, row g + 8 (columns 0 .. 7 of the 16), then both again (8 .. 15)
+ *   int8   two times, bf16 four times, each the operand of one mma: the next 8 bytes of either row,
+ *          in words of 4 bytes in the order row g, row g + 8, row g, row g + 8
  *
- * Scales of 4-bit weights (blocksize a multiple of 64 that divides the columns, so that a block lies
- * in one row and a tile in one block): for each 16 rows and each block 16 values in the order
+ * Scales of 4-bit weights (blocksize a multiple of 64 that divides the columns, so that a block
+ * lies in one row and a tile in one block): for each 16 rows and each block 16 values in the order
  * row 0, 8, 1, 9, ... 7, 15; absmax as float32, or one byte of the nested forms.  The nested absmax
  * keeps its standard order: index (row * blocks per row + block) / 256. */
 #ifndef QLLM_KERNELS_LAYOUT_H
@@ -62,11 +62,10 @@ GPU_BOTH inline int64_t gpu_tile_offset(int kind, int64_t across, int64_t row, i
     int r = (int)(row % GPU_TILE_ROWS), c = (int)(col % GPU_TILE_COLS);
     int lane = r % 8 * 4 + c / 16, half = r / 8, i = c % 16;
     int64_t first = tile * gpu_tile_loads(kind) * GPU_TILE_LOAD + lane * 16;
-    switch (kind) {
-    case GPU_TILE_4BIT: return first + half * 8 + i / 2;
-    case GPU_TILE_INT8: return first + half * GPU_TILE_LOAD + i;
-    default: return first + (half + i / 8 * 2) * GPU_TILE_LOAD + i % 8 * 2;
-    }
+    if (kind == GPU_TILE_4BIT)
+        return first + half * 8 + i / 2;
+    int byte = i * (kind == GPU_TILE_INT8 ? 1 : 2); /* of the 16 or 32 of this row */
+    return first + byte / 8 * GPU_TILE_LOAD + byte % 8 / 4 * 8 + half * 4 + byte % 4;
 }
 
 /* Index of the scale of block `block` of a row, of `blocks` in each row. */

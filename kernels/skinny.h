@@ -3,12 +3,12 @@
  *
  * The sums.  The columns are cut into tiles of 64 and the tiles, n of them, into GPU_SLICES slices:
  * slice s holds the tiles [s n / 8, (s + 1) n / 8).  Inside a slice tiles go by ascending column:
- *   4-bit  block sums of the table's codes rounded to bf16 times x rounded to bf16 (both to nearest,
- *          ties to even) in float32, as the tensor cores add; y_s = fma(absmax, block sum, y_s) by tile
- *   bf16   the same with the weights, without a scale: one chain of block sums
+ *   4-bit  tile sums of the table's codes rounded to bf16 times x rounded to bf16 (to nearest, ties
+ *          to even) in float32, as the tensor cores add; y_s = fma(absmax, tile sum, y_s)
+ *   bf16   weights times x rounded to bf16, one sum in float32, as the tensor cores add
  *   int8   LLM.int8() as core/linear_ref.h has it, which is exact in every order
- * y = y_0 + y_1 + ... by ascending s, then + bias.  So a row's result depends on that row, the format
- * and the columns alone: not on the other rows, nor on their number, nor on what is fused. */
+ * y = y_0 + y_1 + ... by ascending s, then + bias.  So a row's result depends on that row, the
+ * format and the columns alone: not on other rows, nor on their number, nor on what is fused. */
 #ifndef QLLM_KERNELS_SKINNY_H
 #define QLLM_KERNELS_SKINNY_H
 
@@ -32,7 +32,7 @@ typedef struct gpu_linear_input {
     const float *bias;     /* (cols), of the layer norm, or NULL */
     float eps;
     float threshold;       /* int8 weights: outliers of LLM.int8(); <= 0: none */
-    void *scratch;         /* gpu_linear_scratch(rows, cols) bytes, in use until the launch is done */
+    void *scratch;         /* gpu_linear_scratch(rows, cols) bytes, used by what is launched */
 } gpu_linear_input;
 
 /* GPU_AFTER_HEADS: the weights are q, k, v, or one fused matrix whose rows are, per key-value head,

@@ -22,6 +22,7 @@ typedef struct gpu_weight {
     float *nested_absmax;  /* nested forms, standard order */
     float offset;
     float *tables;         /* 4-bit: code[16]; nested forms: nested_code[256] behind it */
+    bool standard_tables;  /* those of core/codebook.h, not others that came with a checkpoint */
     float *bias;           /* (rows) or NULL: set by who owns the layer, freed with the weight */
     int64_t bytes;         /* of all of it but the bias */
 } gpu_weight;
