@@ -2,8 +2,8 @@
  *
  * A page holds GPU_PAGE consecutive positions of one sequence, for all layers: page p of a sequence
  * those from GPU_PAGE * p on.  It is laid out as
- *     [layer][kv_head][keys (GPU_PAGE, head_dim) | values (GPU_PAGE, head_dim)]
- * in float32 for compute="exact" and bf16 for "auto".  A sequence is a list of page numbers, and a
+ *     [layer][kv_head][keys, GPU_PAGE * head_dim | values (GPU_PAGE, head_dim)]
+ * in float32 for compute="exact" and bf16 for "auto"; how keys lie is the business of each.  A sequence is a list of page numbers, and a
  * page is reference-counted: forks share all pages of what they fork from, and who writes into a
  * partly filled page that others hold too gets a copy first.  So a prefix is stored once, sums
  * over the positions of a page never depend on who shares it, and stored keys are never changed.
