@@ -6,11 +6,12 @@
  *   GPU_DEVICE, GPU_BOTH              a function for the device, or for both sides
  *   GPU_CONSTANT                      a table in constant memory: GPU_CONSTANT float t[2] = {1, 2};
  *   GPU_UNROLL, GPU_NO_UNROLL         before a loop
- *   GPU_SHARED(type, name);           type *name = the block's dynamic shared memory, aligned to 128
- *                                     bytes; once per kernel
+ *   GPU_SHARED(type, name);           type *name = the block's dynamic shared memory, aligned to
+ *                                     128 bytes; once per kernel
  *   threadIdx.x, blockIdx, blockDim.x, gridDim    blocks have one dimension, of whole warps
- *   GPU_LAUNCH(kernel, grid, threads, shared_bytes, stream, args...)    an expression: 0 or an error
- *       code for gpu_check (runtime.h).  grid: a number or dim3; a name with commas in parentheses
+ *   GPU_LAUNCH(kernel, grid, threads, shared_bytes, stream, args...)    an expression: 0 or an
+ *       error code for gpu_check (runtime.h).  grid: a number or dim3; a name with commas in
+ *       parentheses
  *   GPU_LAUNCH_DEPENDENT(...)         the same, but the kernel may start while the one before it in
  *       the stream still runs: it calls gpu_wait_for_previous() before it touches what that writes
  *
@@ -19,8 +20,8 @@
  *   gpu_ballot(mask, p), gpu_any(mask, p), gpu_all(mask, p), gpu_sync_warp(mask)
  *   gpu_mma_bf16(d, a, b)   d += a b, m16n8k16, bf16 with float32 sums, fragments as PTX lays them
  *   gpu_mma_s8(d, a, b)     d += a b, m16n8k32, int8 with int32 sums
- *   gpu_load_matrices(r, row)            ldmatrix.x4: lane 8 i + j points to row j (16 bytes, shared
- *   gpu_load_matrices_transposed(r, row) memory) of matrix i, 8 x 8 values of 16 bits
+ *   gpu_load_matrices(r, row)            ldmatrix.x4: lane 8 i + j points to row j (16 bytes of
+ *   gpu_load_matrices_transposed(r, row) shared memory) of matrix i, 8 x 8 values of 16 bits
  * Between threads: gpu_sync_block(), gpu_fence(), gpu_atomic_add/max/min/or(p, v): the old value.
  * Memory: gpu_load_stream(const uint4 *) read once, gpu_load(p) read only while the kernel runs,
  *   gpu_copy_async16(shared, global), gpu_copy_async_commit(), gpu_copy_async_wait<N>(). */

@@ -1,11 +1,11 @@
 /* gpu.h for g++: every thread of a block is a fiber, which runs until it waits for others.  A block
  * and its lanes take turns in a fixed order on one thread of the processor, so that a run repeats
- * itself; QLLM_EMULATE_ORDER=reversed lets the last go first, QLLM_EMULATE_THREADS=n deals blocks to
- * n threads.
+ * itself; QLLM_EMULATE_ORDER=reversed lets the last go first, QLLM_EMULATE_THREADS=n deals blocks
+ * to n threads.
  *
- * Stricter than a GPU on purpose.  Threads that could wait for ever (lanes of a mask that have ended
- * or stand elsewhere, two barriers of a block at a time) end the launch with an error that names
- * kernel, block, thread and line.  Shared memory starts as 0xFF bytes; what an asynchronous copy is
+ * Stricter than a GPU on purpose.  Threads that could wait for ever (lanes of a mask that have
+ * ended or stand elsewhere, two barriers of a block at a time) end the launch with an error that
+ * names kernel, block, thread and line.  Shared memory starts as 0xFF bytes; what an asynchronous copy is
  * to fill becomes 0xFF until it is waited for. */
 #ifndef QLLM_KERNELS_EMULATE_GPU_HOST_H
 #define QLLM_KERNELS_EMULATE_GPU_HOST_H
