@@ -1,6 +1,7 @@
 /* The front of linear layers of compute="auto": what fits together, and which kernel takes it. */
 #include <inttypes.h>
 
+#include "linear_before.h"
 #include "linear_launch.h"
 
 extern "C" {
@@ -10,9 +11,19 @@ extern "C" {
 namespace {
 
 enum {
-    FEW_ROWS = 64,   /* that skinny.cu takes */
+    FEW_ROWS = 64,   /* that skinny.cu takes, LINEAR_ROWS at a time; more go to prefill.cu */
     CHUNK_ROWS = 512 /* rows that are prepared at once */
 };
+
+/* A block for each row of x. */
+template <bool INT8>
+GPU_KERNEL void GPU_KERNEL_BOUNDS(LINEAR_THREADS, 2) prepare_rows(const linear_args a)
+{
+    GPU_SHARED(float, work);
+    gpu_let_next_start();
+    gpu_wait_for_previous();
+    linear_prepare<INT8>(a, (char *)a.input.scratch, work, (int)blockIdx.x, 1);
+}
 
 int form_of(qllm_format format)
 {
@@ -126,7 +137,34 @@ linear_args part_of(const linear_args &all, int form, int first, int rows)
     return a;
 }
 
+/* Rows of a chunk, all of whose panel fits the scratch. */
+qllm_gpu_error launch_chunk(int form, linear_args a, const linear_shape &shape, gpu_stream stream)
+{
+    if (linear_skinny_prepares(form, a, shape))
+        return linear_launch_skinny(form, a, shape, true, stream);
+    a.panel = linear_panel_of(form == LINEAR_INT8, linear_padded_rows(a.rows), a.cols);
+    qllm_gpu_error code = linear_launch_prepare(form, a, stream);
+    if (a.rows > FEW_ROWS)
+        return code != 0 ? code : linear_launch_prefill(form, a, shape, stream);
+    int rows = a.rows;
+    for (; code == 0 && a.first < rows; a.first += LINEAR_ROWS) {
+        a.rows = rows - a.first < LINEAR_ROWS ? rows - a.first : LINEAR_ROWS;
+        code = linear_launch_skinny(form, a, shape, false, stream);
+    }
+    return code;
+}
+
 } // namespace
+
+qllm_gpu_error linear_launch_prepare(int form, const linear_args &args, gpu_stream stream)
+{
+    enum { SHARED = LINEAR_WORK * sizeof(float) };
+    return form == LINEAR_INT8
+               ? GPU_LAUNCH_DEPENDENT(prepare_rows<true>, args.panel.rows, LINEAR_THREADS, SHARED,
+                                      stream, args)
+               : GPU_LAUNCH_DEPENDENT(prepare_rows<false>, args.panel.rows, LINEAR_THREADS, SHARED,
+                                      stream, args);
+}
 
 bool gpu_linear_fits(const gpu_weight *const *weights, int n, const gpu_linear_output *output)
 {
@@ -161,7 +199,7 @@ qllm_status gpu_linear(const gpu_device *device, const gpu_weight *const *weight
     for (int first = 0; first < input->rows; first += CHUNK_ROWS) {
         int rows = input->rows - first < CHUNK_ROWS ? input->rows - first : CHUNK_ROWS;
         qllm_gpu_error code =
-            linear_launch_skinny(form, part_of(all, form, first, rows), shape, stream);
+            launch_chunk(form, part_of(all, form, first, rows), shape, stream);
         if (code != 0)
             return gpu_check(code, "a linear layer", error);
     }

@@ -26,8 +26,19 @@ static inline bool linear_is_resident(const linear_shape &shape, int rows, int s
     return rows <= MOST && shared <= limit;
 }
 
-/* Any number of rows whose panel fits the scratch. */
+/* Prepares all rows: a panel in input.scratch, `panel` of the arguments. */
+qllm_gpu_error linear_launch_prepare(int form, const linear_args &args, gpu_stream stream);
+
+/* Few rows, at most LINEAR_ROWS of them from args.first on, which are prepared; or, `resident`, at
+ * most 8 from 0 on, whose panel each block prepares for itself. */
 qllm_gpu_error linear_launch_skinny(int form, const linear_args &args, const linear_shape &shape,
-                                    gpu_stream stream);
+                                    bool resident, gpu_stream stream);
+
+/* Whether skinny should prepare the rows itself. */
+bool linear_skinny_prepares(int form, const linear_args &args, const linear_shape &shape);
+
+/* Any number of rows, which are prepared. */
+qllm_gpu_error linear_launch_prefill(int form, const linear_args &args, const linear_shape &shape,
+                                     gpu_stream stream);
 
 #endif

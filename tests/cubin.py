@@ -41,18 +41,23 @@ class Kernel:
         return i + 1 + distance * 4 // SIZE
 
     def loops(self) -> list[tuple[int, int]]:
-        """[first, end) of the loops that hold no other loop."""
-        found = {(target, i + 1) for i in range(len(self.code))
-                 if (target := self._target(i)) is not None and target <= i}
-        return sorted((a, b) for a, b in found
-                      if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found))
+        """[first, end) of each."""
+        return sorted({(target, i + 1) for i in range(len(self.code))
+                       if (target := self._target(i)) is not None and target <= i})
 
     def hot_loop(self, operation: str) -> tuple[int, int]:
-        """Of the loop with the most instructions of that name: all its instructions, and those."""
-        counts = [(self.count(operation, a, b), b - a) for a, b in self.loops()]
-        most, size = max(counts, default=(0, 0))
-        assert most > 0, f"{self.name} has no loop with {operation}"
-        return size, most
+        """[first, end) of the loop with the most instructions of that name, of those that hold no
+        smaller loop with any."""
+        loops = [loop for loop in self.loops() if self.count(operation, *loop)]
+        inner = [(a, b) for a, b in loops
+                 if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+        assert inner, f"{self.name} has no loop with {operation}"
+        return max(inner, key=lambda loop: self.count(operation, *loop))
+
+    def share(self, operation: str) -> float:
+        """Instructions of the hot loop for each of that name."""
+        first, end = self.hot_loop(operation)
+        return (end - first) / self.count(operation, first, end)
 
 
 def _sections(data: bytes) -> Iterator[tuple[str, bytes]]:

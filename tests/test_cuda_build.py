@@ -46,9 +46,10 @@ def skinny(arch: str) -> dict[tuple[int, ...], cubin.Kernel]:
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_registers_do_not_spill(arch: str) -> None:
-    used = compiled("kernels/skinny.cu", arch)[1]
-    assert len(used) > 20
+@pytest.mark.parametrize("source,least", [("skinny", 20), ("prefill", 8), ("quantize_device", 3)])
+def test_registers_do_not_spill(source: str, least: int, arch: str) -> None:
+    used = compiled(f"kernels/{source}.cu", arch)[1]
+    assert len(used) >= least
     for name, registers in used.items():
         assert registers.spilled == 0 and registers.stack == 0, name
         if re.search(r"skinnyILi\dELi\dELi1E", name):  # two blocks of 256 threads share a processor
@@ -61,19 +62,17 @@ def test_hot_loops_of_4_bit_codes(arch: str) -> None:
     kernels = skinny(arch)
     for form, most in ((0, 2.0), (1, 2.3)):
         for tiles in (1, 2, 4):
-            size, mma = kernels[form, tiles, 1, 1].hot_loop("HMMA")
-            assert size / (mma / 4 * 32) <= most, (form, tiles)
-        assert size / (mma / 4 * 32) <= most - 0.3, form  # of four rows of tiles
+            each = kernels[form, tiles, 1, 1].share("HMMA") * 4 / 32
+            assert each <= most, (form, tiles)
+        assert each <= most - 0.3, form  # of four rows of tiles
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_hot_loops_of_the_other_formats(arch: str) -> None:
     kernels = skinny(arch)
     for tiles in (1, 2):
-        size, mma = kernels[3, tiles, 1, 1].hot_loop("HMMA")
-        assert size / (mma / 4 * 32) <= 0.7
-        size, mma = kernels[2, tiles, 1, 1].hot_loop("IMMA")
-        assert size / (mma / 2 * 32) <= 0.5
+        assert kernels[3, tiles, 1, 1].share("HMMA") * 4 / 32 <= 0.7
+        assert kernels[2, tiles, 1, 1].share("IMMA") * 2 / 32 <= 0.5
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -82,10 +81,23 @@ def test_one_look_up_for_two_codes(arch: str) -> None:
     for (form, tiles, eights, is_resident), kernel in skinny(arch).items():
         if form > 1:
             continue
-        a, b = max(kernel.loops(), key=lambda loop: kernel.count("HMMA", *loop))
+        a, b = kernel.hot_loop("HMMA")
         tiles_of_turns = kernel.count("HMMA", a, b) // (4 * eights)
         assert kernel.count("LDS", a, b) <= tiles_of_turns * (16 + 2 * is_resident) + 4 * form
         assert kernel.count("LDL", a, b) == kernel.count("STL", a, b) == 0
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_hot_loops_of_many_rows(arch: str) -> None:
+    """Instructions for each of the tensor cores, with two rows of tiles; the end of a slice and the
+    copies of x included."""
+    loops = {}
+    for name, kernel in compiled("kernels/prefill.cu", arch)[0].items():
+        if match := re.search(r"prefillILi(\d)ELi2E", name):
+            form = int(match[1])
+            loops[form] = kernel.share("IMMA" if form == 2 else "HMMA")
+    assert len(loops) == 4
+    assert loops[0] < 8.5 and loops[1] < 9 and loops[2] < 9 and loops[3] < 6
 
 
 def test_the_reader_sees_other_loops() -> None:
@@ -100,7 +112,8 @@ def test_the_reader_sees_other_loops() -> None:
         code = (0x918, 0x23C, 0x23C, jump(-3, capability), 0x984, jump(1, capability), 0x23C,
                 jump(-2, capability), jump(-9, capability))
         kernel = cubin.Kernel("k", code, capability)
-        assert kernel.loops() == [(1, 4), (6, 8)]
-        assert kernel.hot_loop("HMMA") == (3, 2)
+        assert kernel.loops() == [(0, 9), (1, 4), (6, 8)]
+        assert kernel.hot_loop("HMMA") == (1, 4) and kernel.share("HMMA") == 1.5
+        assert kernel.hot_loop("LDS") == (0, 9) and kernel.share("LDS") == 9
         with pytest.raises(AssertionError, match="k has no loop with IMMA"):
             kernel.hot_loop("IMMA")

@@ -334,6 +334,33 @@ def test_bits_do_not_depend_on_the_grid(gpu: Library, name: str) -> None:
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize("name", TILED)
+def test_many_rows_have_the_bits_of_few(gpu: Library, name: str) -> None:
+    """prefill.cu, with one row of tiles for a warp and with two, and rows behind the last 64."""
+    for rows, cols in ((40, 64), (300, 640), (16, 1088)):
+        weights = [gpu.set_weight(qllm.quantize(random((rows, cols), i), name),
+                                  bias=random((rows,), i)) for i in (1, 2)]
+        x = random((150, cols), 3) * f32(2)
+        for processors in (1, 132):
+            gpu.set_multiprocessors(processors)
+            many = gpu.linear(weights, x)
+            for first, count in ((0, 8), (60, 20), (126, 24)):
+                few = gpu.linear(weights, x[first:first + count])
+                for whole, part in zip(many, few):
+                    np.testing.assert_array_equal(whole[first:first + count], part)
+
+
+@pytest.mark.parametrize("name", ["nf4-dq", "int8"])
+def test_many_rows_before_and_after(gpu: Library, name: str) -> None:
+    gate, up = (gpu.set_weight(qllm.quantize(random((200, 192), i), name)) for i in (1, 2))
+    x, held = random((70, 192), 3), [random((70, 200), 4)]
+    norm: dict[str, Any] = {"norm": "rms", "scale": random((192,), 5)}
+    for weights, after in (([gate, up], "gate"), ([gate], "act"), ([up], "add")):
+        many = gpu.linear(weights, x, after, y=held, **norm)[0]
+        few = gpu.linear(weights, x[40:70], after, y=[held[0][40:70]], **norm)[0]
+        np.testing.assert_array_equal(many[40:70], few)
+
+
 def test_more_rows_than_a_chunk(gpu: Library) -> None:
     q = qllm.quantize(random((16, 64)), "nf4")
     weight, x = gpu.set_weight(q), random((1100, 64), 1)
@@ -514,6 +541,7 @@ def heads_case(gpu: Library, q: int, kv: int, head_dim: int, half: int, fused: b
 def test_heads(gpu: Library, q: int, kv: int, head_dim: int, half: int, fused: bool) -> None:
     heads_case(gpu, q, kv, head_dim, half, fused, 4)
     heads_case(gpu, q, kv, head_dim, half, fused, 11)
+    heads_case(gpu, q, kv, head_dim, half, fused, 67)
 
 
 @pytest.mark.parametrize("name", ["nf4-dq", "int8", "bf16"])
