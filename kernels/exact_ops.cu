@@ -62,9 +62,7 @@ GPU_DEVICE float lane_sum(lane_memory *memory, int64_t n, Value value)
     if (threadIdx.x < LANES)
         memory->lanes[threadIdx.x] = partial;
     gpu_sync_block();
-    float sum = fold(memory->lanes);
-    gpu_sync_block(); /* before the memory is used again */
-    return sum;
+    return fold(memory->lanes); /* next written behind other barriers */
 }
 
 /* 1 / sqrt(lane sum of (x - mean)^2 / n + eps) */
@@ -260,7 +258,6 @@ GPU_DEVICE inline float largest_score(const gpu_exact_heads &heads, const query 
     gpu_sync_block();
     for (int i = 0; i < LANES; i++)
         largest = memory->lanes[i] > largest ? memory->lanes[i] : largest;
-    gpu_sync_block();
     return largest;
 }
 
