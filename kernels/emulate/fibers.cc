@@ -97,18 +97,31 @@ static void stack_switch(fiber *from, fiber *to)
 
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+/* The thread's own stack; asked for once, since the answer takes long. */
+static void own_stack(const void **bottom, size_t *size)
+{
+    static __thread void *known;
+    static __thread size_t known_size;
+    if (known == NULL) {
+        pthread_attr_t attributes;
+        pthread_getattr_np(pthread_self(), &attributes);
+        pthread_attr_getstack(&attributes, &known, &known_size);
+        pthread_attr_destroy(&attributes);
+    }
+    *bottom = known;
+    *size = known_size;
+}
+#endif
+
 /* `ends`: who switches away does not come back.  AddressSanitizer is told of each new stack. */
 static void fiber_switch(fiber *from, fiber *to, bool ends)
 {
 #if defined(__SANITIZE_ADDRESS__)
-    void *bottom = to->stack;
+    const void *bottom = to->stack;
     size_t size = STACK_BYTES;
-    if (bottom == NULL) {
-        pthread_attr_t attributes;
-        pthread_getattr_np(pthread_self(), &attributes);
-        pthread_attr_getstack(&attributes, &bottom, &size);
-        pthread_attr_destroy(&attributes);
-    }
+    if (bottom == NULL)
+        own_stack(&bottom, &size);
     void *fake = NULL;
     __sanitizer_start_switch_fiber(ends ? NULL : &fake, bottom, size);
     stack_switch(from, to);
