@@ -169,13 +169,14 @@ qllm_status gpu_step_blocks(qllm_decoder *decoder, qllm_sequence *const *sequenc
 qllm_status gpu_step_head(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits,
                           qllm_error *error);
 
-/* sampler.cu, logit_stats.cu.  Draws from rows of logits on the device, (rows, vocab): rows [first, first + rows)
- * of those that the draws name.  Waits for the results, which have the bits of qllm_sample; the
- * draws are in ascending order of row and lie in that range.  Errors are those of qllm_sample, with
- * "row i: " in front for draw number i + `number`. */
+/* sampler.cu.  Draws from rows of logits on the device, (rows, vocab): rows [first, first + rows)
+ * of those that the draws name.  Waits for the results, which have the bits of qllm_sample.  Errors
+ * are those of qllm_sample, with "row i: " in front for draws[i - number]. */
 qllm_status gpu_draw(qllm_decoder *decoder, const float *logits, int64_t first, int64_t rows,
                      const qllm_draw *draws, int64_t n_draws, int64_t number, qllm_sampled *out,
                      qllm_error *error);
+
+/* logit_stats.cu: as in core/backend.h; "row i: " in front of errors. */
 qllm_status gpu_logit_stats(qllm_decoder *decoder, const float *ref, const float *test,
                             int64_t rows, const double *temperatures, int64_t n_temperatures,
                             const int64_t *targets, const qllm_logit_stats *out,
