@@ -211,6 +211,15 @@ static qllm_status tie_embedding(qllm_decoder *decoder, qllm_error *error)
     return status == QLLM_OK ? leave(decoder, gpu_slot_tie(decoder, error)) : status;
 }
 
+static qllm_status set_random(qllm_decoder *decoder, const char *name, qllm_format format,
+                              int64_t blocksize, uint64_t seed, qllm_error *error)
+{
+    qllm_status status = enter(decoder, error);
+    return status == QLLM_OK
+               ? leave(decoder, gpu_slot_put_random(decoder, name, format, blocksize, seed, error))
+               : status;
+}
+
 static qllm_status get_linear(qllm_decoder *decoder, const char *name, qllm_qweight *out,
                               qllm_error *error)
 {
@@ -359,6 +368,7 @@ static qllm_backend make_table()
     table.abi = QLLM_BACKEND_ABI;
     table.name = GPU_BACKEND_NAME;
     table.device = device;
+    table.limits = gpu_limits;
     table.decoder_create = create;
     table.decoder_destroy = destroy;
     table.slot_count = slot_count;
@@ -369,6 +379,7 @@ static qllm_backend make_table()
     table.set_embedding = set_embedding;
     table.load_embedding = load_embedding;
     table.tie_embedding = tie_embedding;
+    table.set_random = set_random;
     table.get_linear = get_linear;
     table.linear_error = linear_error;
     table.sequence_create = sequence_create;

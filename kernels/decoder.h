@@ -142,6 +142,8 @@ qllm_status gpu_slot_put_vector(qllm_decoder *decoder, const char *slot, const f
                                 int64_t n, qllm_error *error);
 qllm_status gpu_slot_put_embedding(qllm_decoder *decoder, const qllm_weight_source *source,
                                    qllm_error *error);
+qllm_status gpu_slot_put_random(qllm_decoder *decoder, const char *name, qllm_format format,
+                                int64_t blocksize, uint64_t seed, qllm_error *error);
 qllm_status gpu_slot_tie(qllm_decoder *decoder, qllm_error *error);
 qllm_status gpu_slot_get(qllm_decoder *decoder, const char *slot, qllm_qweight *out,
                          qllm_error *error);
@@ -168,6 +170,9 @@ qllm_status gpu_step_blocks(qllm_decoder *decoder, qllm_sequence *const *sequenc
                             float *hidden, qllm_error *error);
 qllm_status gpu_step_head(qllm_decoder *decoder, const float *hidden, int64_t n, float *logits,
                           qllm_error *error);
+
+/* limits.cu: as in core/backend.h. */
+qllm_status gpu_limits(int64_t bytes, qllm_device_limits *out, qllm_error *error);
 
 /* sampler.cu.  Draws from rows of logits on the device, (rows, vocab): rows [first, first + rows)
  * of those that the draws name.  Waits for the results, which have the bits of qllm_sample.  Errors

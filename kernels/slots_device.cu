@@ -88,14 +88,20 @@ static qllm_status upload(qllm_decoder *decoder, const float *values, int64_t n,
     return status;
 }
 
-/* The weight of a source, without a bias.  In tiles are the linear layers of compute="auto", but not
- * int8 ones whose outliers depend on the whole batch, nor an embedding of its own. */
+/* In tiles are the linear layers of compute="auto", but not int8 ones whose outliers depend on the
+ * whole batch, nor an embedding of its own. */
+static bool in_tiles(const qllm_decoder *decoder, qllm_format format, int memory)
+{
+    return memory == GPU_WEIGHTS && !decoder->exact &&
+           !(format == QLLM_FORMAT_INT8 && decoder->int8_batch);
+}
+
+/* The weight of a source, without a bias. */
 static qllm_status make_weight(qllm_decoder *decoder, const qllm_weight_source *source, int memory,
                                gpu_weight *out, qllm_error *error)
 {
     qllm_format format = qllm_source_format(source);
-    bool tiled = memory == GPU_WEIGHTS && !decoder->exact &&
-                 !(format == QLLM_FORMAT_INT8 && decoder->int8_batch);
+    bool tiled = in_tiles(decoder, format, memory);
     if (source->weight != NULL)
         return gpu_weight_set(&decoder->device, out, source->weight, tiled, memory,
                               decoder->stream, error);
@@ -134,6 +140,19 @@ static void part_from_head(qllm_decoder *decoder)
     memset(head_of(decoder), 0, sizeof(gpu_weight));
 }
 
+/* Puts a weight into its slot. */
+static void put(qllm_decoder *decoder, int64_t index, bool is_embedding, const gpu_weight *fresh)
+{
+    if (is_embedding) {
+        decoder->embedding = &decoder->own_embedding;
+        replace(decoder, &decoder->own_embedding, fresh);
+        return;
+    }
+    if (index == qllm_slot_of_head(&decoder->config))
+        part_from_head(decoder);
+    replace(decoder, &decoder->linears[index], fresh);
+}
+
 qllm_status gpu_slot_put_linear(qllm_decoder *decoder, const qllm_weight_source *source,
                                 qllm_error *error)
 {
@@ -151,9 +170,7 @@ qllm_status gpu_slot_put_linear(qllm_decoder *decoder, const qllm_weight_source 
         return status;
     }
     fresh.bias = bias;
-    if (index == qllm_slot_of_head(&decoder->config))
-        part_from_head(decoder);
-    replace(decoder, &decoder->linears[index], &fresh);
+    put(decoder, index, false, &fresh);
     return QLLM_OK;
 }
 
@@ -182,11 +199,39 @@ qllm_status gpu_slot_put_embedding(qllm_decoder *decoder, const qllm_weight_sour
     qllm_status status = qllm_check_embedding(&decoder->config, source, error);
     if (status == QLLM_OK)
         status = make(decoder, source, GPU_EMBEDDING, &fresh, error);
+    if (status == QLLM_OK)
+        put(decoder, 0, true, &fresh);
+    return status;
+}
+
+qllm_status gpu_slot_put_random(qllm_decoder *decoder, const char *name, qllm_format format,
+                                int64_t blocksize, uint64_t seed, qllm_error *error)
+{
+    int64_t index;
+    qllm_slot slot;
+    qllm_qweight described;
+    gpu_weight fresh;
+    qllm_status status = qllm_check_readable(&decoder->config, name, &index, error);
     if (status != QLLM_OK)
         return status;
-    decoder->embedding = &decoder->own_embedding;
-    replace(decoder, &decoder->own_embedding, &fresh);
-    return QLLM_OK;
+    qllm_slot_describe(&decoder->config, index, &slot);
+    bool is_embedding = slot.kind == QLLM_SLOT_EMBEDDING;
+    status = qllm_qweight_describe(&described, format, slot.rows, slot.cols, blocksize, slot.name,
+                                   error);
+    qllm_weight_source source = {};
+    source.slot = name;
+    source.weight = &described;
+    if (status == QLLM_OK)
+        status = is_embedding ? qllm_check_embedding(&decoder->config, &source, error)
+                              : qllm_check_linear(&decoder->config, &source, &index, &slot, error);
+    int memory = is_embedding ? GPU_EMBEDDING : GPU_WEIGHTS;
+    if (status == QLLM_OK)
+        status = gpu_weight_random(&decoder->device, &fresh, &described, seed,
+                                   in_tiles(decoder, format, memory), memory, decoder->stream,
+                                   error);
+    if (status == QLLM_OK)
+        put(decoder, index, is_embedding, &fresh);
+    return status;
 }
 
 qllm_status gpu_slot_tie(qllm_decoder *decoder, qllm_error *error)

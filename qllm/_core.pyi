@@ -268,6 +268,16 @@ class DeviceInfo(TypedDict):
 def device_info(device: str, /) -> DeviceInfo | None:
     """A device that is not the processor, opened when asked for; None for "cpu"."""
 
+@type_check_only
+class DeviceLimits(TypedDict):
+    read_bytes_per_second: float
+    copy_bytes_per_second: float
+    edge_seconds: float
+    dependent_edge_seconds: float
+
+def device_limits(device: str, nbytes: int, /) -> DeviceLimits | None:
+    """What a device can do at best, measured on twice nbytes of its memory; None for "cpu"."""
+
 def _load_device(path: str | PathLike[str], /) -> str:
     """Opens the plugin of a device; returns its name."""
 
@@ -326,6 +336,9 @@ class Decoder:
         self, array: Any, format: str, *, name: str = "array", dtype: str | None = None
     ) -> None:
         """The same for the embedding."""
+    def set_random(self, slot: str, format: str, blocksize: int = 64, seed: int = 0) -> int:
+        """Fills a linear slot or "embedding" with random weights (csrc/core/random_weight.h), made
+        on the device where it offers that; returns nbytes of that QuantizedTensor."""
     def tie_embedding(self) -> None:
         """The embedding becomes the head's weight, of a float format, held once; it stays what it
         is when the head is set anew."""

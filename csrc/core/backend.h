@@ -80,12 +80,23 @@ typedef struct qllm_device_facts {
     int64_t memory_bytes, free_bytes;
 } qllm_device_facts;
 
+/* What it can do at best, as measured. */
+typedef struct qllm_device_limits {
+    double read_bytes_per_second;  /* of its memory, by a kernel that only reads */
+    double copy_bytes_per_second;  /* reads and writes added */
+    double edge_seconds;           /* from one kernel of a graph to the next, when they do nothing;
+                                      0 without graphs */
+    double dependent_edge_seconds; /* the same when each may start before the one before it ends */
+} qllm_device_limits;
+
 typedef struct qllm_backend {
     int abi;          /* QLLM_BACKEND_ABI of the headers it was built with */
     const char *name; /* "cpu" */
 
     /* NULL: the device is the processor. */
     qllm_status (*device)(qllm_device_facts *out, qllm_error *error);
+    /* Measures it with twice `bytes` of its memory; NULL: not offered. */
+    qllm_status (*limits)(int64_t bytes, qllm_device_limits *out, qllm_error *error);
 
     /* The config and what it points to are copied. */
     qllm_status (*decoder_create)(const struct qllm_decoder_config *config,
@@ -115,6 +126,11 @@ typedef struct qllm_backend {
     /* The embedding becomes the weight that the slot "head" has now, in a float format, and is held
      * once.  When the head is set anew, the embedding keeps what it was. */
     qllm_status (*tie_embedding)(qllm_decoder *decoder, qllm_error *error);
+
+    /* The weight of core/random_weight.h, made on the device, for a linear slot or "embedding" (a
+     * float format): to measure speed with.  NULL: not offered, the caller sets one from the host. */
+    qllm_status (*set_random)(qllm_decoder *decoder, const char *slot, qllm_format format,
+                              int64_t blocksize, uint64_t seed, qllm_error *error);
 
     /* Standard bytes of a linear slot or of the embedding, as they were set; the caller clears. */
     qllm_status (*get_linear)(qllm_decoder *decoder, const char *slot, qllm_qweight *out,

@@ -338,6 +338,11 @@ static PyMethodDef decoder_methods[] = {
      METH_VARARGS | METH_KEYWORDS,
      "load_embedding($self, array, format, *, name='array', dtype=None)\n--\n\n"
      "The same for the input embedding and a float format."},
+    {"set_random", (PyCFunction)(void (*)(void))qllm_decoder_set_random,
+     METH_VARARGS | METH_KEYWORDS,
+     "set_random($self, slot, format, blocksize=64, seed=0)\n--\n\n"
+     "Fills a linear slot or \"embedding\" with random weights, made on the device where it offers "
+     "that: to\nmeasure speed with. Returns nbytes of that QuantizedTensor."},
     {"tie_embedding", qllm_decoder_tie_embedding, METH_NOARGS,
      "tie_embedding($self, /)\n--\n\n"
      "Makes the weight that the slot 'head' has now, of a float format, the input embedding too, "

@@ -27,6 +27,7 @@ int qllm_setup_sequence(PyObject *module);
 /* Methods of Decoder in py_decoder_load.c. */
 PyObject *qllm_decoder_load_linear(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *qllm_decoder_load_embedding(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *qllm_decoder_set_random(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *qllm_decoder_tie_embedding(PyObject *object, PyObject *unused);
 PyObject *qllm_decoder_linear_error(PyObject *object, PyObject *args, PyObject *kwargs);
 

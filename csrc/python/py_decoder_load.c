@@ -1,5 +1,9 @@
 /* The methods of Decoder that take unquantized arrays, such as views of a mapped file. */
+#include <string.h>
+
 #include "core/qweight.h"
+#include "core/random_weight.h"
+#include "python/arguments.h"
 #include "python/array.h"
 #include "python/py_decoder.h"
 #include "python/py_quant.h"
@@ -93,6 +97,72 @@ PyObject *qllm_decoder_load_embedding(PyObject *object, PyObject *args, PyObject
     }
     clear_load(&load);
     return result;
+}
+
+/* A random weight on the host, for a device that makes none. */
+static qllm_status set_random(qllm_decoder_object *self, const qllm_slot *slot, qllm_format format,
+                              int64_t blocksize, uint64_t seed, qllm_error *error)
+{
+    qllm_qweight weight;
+    qllm_status status = qllm_random_weight(&weight, format, slot->rows, slot->cols, blocksize,
+                                            seed, slot->name, error);
+    if (status != QLLM_OK)
+        return status;
+    status = slot->kind == QLLM_SLOT_EMBEDDING
+        ? self->backend->set_embedding(self->decoder, &weight, error)
+        : self->backend->set_linear(self->decoder, slot->name, &weight, NULL, 0, error);
+    qllm_qweight_clear(&weight);
+    return status;
+}
+
+/* The slot of that name; 0, or -1 with an exception. */
+static int find_slot(const qllm_state *state, qllm_decoder_object *self, const char *name,
+                     qllm_slot *slot)
+{
+    int64_t count = self->backend->slot_count(self->decoder);
+    for (int64_t i = 0; i < count; i++) {
+        self->backend->slot(self->decoder, i, slot);
+        if (strcmp(slot->name, name) == 0 && slot->kind != QLLM_SLOT_VECTOR)
+            return 0;
+    }
+    qllm_raise_value(state, "slot '%s' is no linear slot of this decoder, nor its embedding", name);
+    return -1;
+}
+
+PyObject *qllm_decoder_set_random(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"slot", "format", "blocksize", "seed", NULL};
+    qllm_decoder_object *self = (qllm_decoder_object *)object;
+    const qllm_state *state = qllm_state_of_type(Py_TYPE(object));
+    const qllm_backend *backend = self->backend;
+    PyObject *blocksize_object = NULL, *seed_object = NULL;
+    int64_t blocksize = QLLM_BLOCKSIZE_DEFAULT;
+    const char *name, *format_name;
+    uint64_t seed = 0;
+    qllm_format format;
+    qllm_slot slot;
+    qllm_qweight described;
+    qllm_error error;
+    qllm_status status;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ss|OO:set_random", names, &name, &format_name,
+                                     &blocksize_object, &seed_object) ||
+        qllm_parse_format(state, format_name, &format) < 0 ||
+        (blocksize_object != NULL &&
+         qllm_parse_int64(state, blocksize_object, "blocksize", &blocksize) < 0) ||
+        (seed_object != NULL && qllm_to_uint(state, seed_object, "seed", 64, &seed) < 0) ||
+        find_slot(state, self, name, &slot) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = backend->set_random != NULL
+        ? backend->set_random(self->decoder, name, format, blocksize, seed, &error)
+        : set_random(self, &slot, format, blocksize, seed, &error);
+    Py_END_ALLOW_THREADS
+    if (status == QLLM_OK)
+        status = qllm_qweight_describe(&described, format, slot.rows, slot.cols, blocksize, name,
+                                       &error);
+    if (status != QLLM_OK)
+        return qllm_raise(state, &error);
+    return PyLong_FromLongLong(qllm_qweight_nbytes(&described));
 }
 
 PyObject *qllm_decoder_tie_embedding(PyObject *object, PyObject *unused)

@@ -139,12 +139,41 @@ static PyObject *py_device_info(PyObject *module, PyObject *argument)
                          (long long)facts.free_bytes);
 }
 
+static PyObject *py_device_limits(PyObject *module, PyObject *args)
+{
+    const char *name;
+    long long nbytes;
+    const qllm_backend *backend;
+    qllm_device_limits limits;
+    qllm_error error;
+    qllm_status status;
+    if (!PyArg_ParseTuple(args, "sL:device_limits", &name, &nbytes) ||
+        find_device(module, name, &backend) < 0)
+        return NULL;
+    if (backend->limits == NULL)
+        Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS
+    status = backend->limits(nbytes, &limits, &error);
+    Py_END_ALLOW_THREADS
+    if (status != QLLM_OK)
+        return qllm_raise(qllm_state_of(module), &error);
+    return Py_BuildValue("{s:d,s:d,s:d,s:d}", "read_bytes_per_second",
+                         limits.read_bytes_per_second, "copy_bytes_per_second",
+                         limits.copy_bytes_per_second, "edge_seconds", limits.edge_seconds,
+                         "dependent_edge_seconds", limits.dependent_edge_seconds);
+}
+
 static PyMethodDef functions[] = {
     {"device_info", py_device_info, METH_O,
      "device_info($module, device, /)\n--\n\n"
      "A device that is not the processor: name, variant (of its kernels), driver, memory and free "
      "(bytes);\nNone for \"cpu\". Opens it, and raises QllmUnsupportedError where it cannot be "
      "used."},
+    {"device_limits", py_device_limits, METH_VARARGS,
+     "device_limits($module, device, nbytes, /)\n--\n\n"
+     "What a device that is not the processor can do at best, measured on twice nbytes of its "
+     "memory:\nread_bytes_per_second, copy_bytes_per_second (reads and writes added), edge_seconds "
+     "and\ndependent_edge_seconds (from one kernel of a graph to the next). None for \"cpu\"."},
     {"_load_device", py_load_device, METH_O,
      "_load_device($module, path, /)\n--\n\n"
      "Opens the plugin of a device; returns the name under which it is there from then on."},

@@ -21,14 +21,14 @@ from .models import load
 from .parser import UsageError
 
 READ_BYTES = 1 << 29  # of the read loop: more than caches hold
+DEVICE_READ_BYTES = 1 << 31  # the same of a GPU
 PEAK_SECONDS = 0.01  # of each multiply loop
 
 
 @dataclass
 class Result:
     """One format. `prefill` and `decode` are tokens per second, and `of_read` the share of what the
-    read loop of the same round allows for the decode, a value a round each; none where the model
-    computes on another device than the processor."""
+    read loop of the same round allows for the decode, a value a round each."""
 
     format: str
     bytes_per_token: int
@@ -41,8 +41,8 @@ class Result:
 
 @dataclass
 class Limits:
-    """What the machine can do, a value a round: bytes per second of the read loop, and operations
-    per second of each unit that multiplies. Empty for another device than the processor."""
+    """What the device can do, a value a round: bytes per second of the read loop, and operations
+    per second of each unit that multiplies, where the device is the processor."""
 
     read: list[float] = field(default_factory=list)
     peaks: dict[str, list[float]] = field(default_factory=dict)
@@ -68,10 +68,9 @@ def bench(arguments: argparse.Namespace) -> None:
         units = _core.multiply_units(isa=arguments.isa) if limits.peaks else {}
         peaks = {unit: {"instruction": units[unit]} | _summary(values)
                  for unit, values in limits.peaks.items()}
-        found = {"read_bytes_per_second": _summary(limits.read),
-                 "operations_per_second": peaks} if limits.read else None
         print_json(facts | {
-            "limits": found,
+            "limits": {"read_bytes_per_second": _summary(limits.read),
+                       "operations_per_second": peaks},
             "formats": [_record(result) for result in results]})
         return
     print(_page(facts, limits, results))
@@ -101,8 +100,8 @@ def measure(subject: Subject,
     prompt = np.random.default_rng(0).integers(0, subject.vocab, arguments.prompt_tokens)
     results: dict[str, Result] = {}
     limits = Limits()
-    on_processor = arguments.device == "cpu"
-    probe = _limit_probe(arguments.isa, arguments.threads) if on_processor else dict
+    probe = (_limit_probe(arguments.isa, arguments.threads) if arguments.device == "cpu"
+             else _device_probe(arguments.device))
     for number in range(-1, arguments.rounds):
         measured = probe()
         for format in dict.fromkeys(arguments.formats):
@@ -111,21 +110,20 @@ def measure(subject: Subject,
             result = results.setdefault(format, Result(
                 format, ready.bytes_per_token, ready.bits_per_weight, ready.kernels))
             if number >= 0:
-                _add(result, ready, prefill, decode, measured.get("read"), arguments)
-        if number >= 0 and on_processor:
+                _add(result, ready, prefill, decode, measured["read"], arguments)
+        if number >= 0:
             limits.read.append(measured.pop("read"))
             for unit, speed in measured.items():
                 limits.peaks.setdefault(unit, []).append(speed)
     return limits, list(results.values()), ready.decoder.info()
 
 
-def _add(result: Result, ready: Ready, prefill: float, decode: float, read: float | None,
+def _add(result: Result, ready: Ready, prefill: float, decode: float, read: float,
          arguments: argparse.Namespace) -> None:
     steps = arguments.new_tokens / decode
     result.prefill.append(arguments.prompt_tokens / prefill)
     result.decode.append(arguments.batch * steps)
-    if read is not None:
-        result.of_read.append(ready.bytes_per_token * steps / read)
+    result.of_read.append(ready.bytes_per_token * steps / read)
 
 
 def _times(decoder: Any, prompt: np.ndarray, new_tokens: int, batch: int) -> tuple[float, float]:
@@ -164,6 +162,18 @@ def _limit_probe(isa: str | None, threads: int | None) -> Callable[[], dict[str,
     return probe
 
 
+def _device_probe(device: str) -> Callable[[], dict[str, float]]:
+    """The same for a device that is not the processor, whose multiply units are not measured."""
+    def probe() -> dict[str, float]:
+        info = _core.device_info(device)
+        assert info is not None
+        found = _core.device_limits(device, min(DEVICE_READ_BYTES, info["free"] // 4))
+        assert found is not None
+        return {"read": found["read_bytes_per_second"]}
+
+    return probe
+
+
 def _summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -174,7 +184,7 @@ def _record(result: Result) -> dict[str, Any]:
         "bits_per_weight": result.bits_per_weight, "kernels": result.kernels,
         "prefill_tokens_per_second": _summary(result.prefill),
         "decode_tokens_per_second": _summary(result.decode),
-        "share_of_read": _summary(result.of_read) if result.of_read else None,
+        "share_of_read": _summary(result.of_read),
     }
 
 
@@ -182,19 +192,20 @@ def _page(facts: dict[str, Any], limits: Limits, results: list[Result]) -> str:
     """The table for a reader."""
     peaks = ", ".join(f"{unit} {statistics.median(values) / 1e9:.0f}"
                       for unit, values in limits.peaks.items())
-    threads = f", {facts['threads']} threads" if limits.read else ""
-    can = [f"reads {statistics.median(limits.read) / 1e9:.1f} GB/s; multiplies, billions of"
-           f" operations per second: {peaks}"] if limits.read else []
+    threads = f", {facts['threads']} threads" if limits.peaks else ""
+    can = f"reads {statistics.median(limits.read) / 1e9:.1f} GB/s"
+    if limits.peaks:
+        can += f"; multiplies, billions of operations per second: {peaks}"
     head = [
         f"{facts['processor']}, {facts['instruction_set']}{threads};"
         f" {facts['model']}, {facts['parameters']:,} parameters, compute {facts['compute']}",
-        *can,
+        can,
         f"medians of {facts['rounds']} rounds: prefill of {facts['prompt_tokens']} tokens, decode"
         f" of {facts['new_tokens']} tokens in a batch of {facts['batch']}",
     ]
     rows = [(result.format, size_text(result.bytes_per_token), f"{result.bits_per_weight:.3f}",
              f"{statistics.median(result.prefill):.1f}", f"{statistics.median(result.decode):.1f}",
-             f"{100 * statistics.median(result.of_read):.0f} %" if limits.read else "",
+             f"{100 * statistics.median(result.of_read):.0f} %",
              "; ".join(result.kernels))
             for result in results]
     return "\n".join([*head, text_table(

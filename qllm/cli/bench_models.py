@@ -12,17 +12,45 @@ from .. import _core
 from ..architectures import describe
 from ..model import Model
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 256,
-             "vocab": 512},
-    "small": {"hidden": 1024, "layers": 16, "heads": 16, "kv_heads": 4, "intermediate": 2816,
-              "vocab": 8192},
-    "1.1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "intermediate": 5632,
-             "vocab": 32000},
-}
-"""Llama shapes by name; small has some 180 million weights, more than caches hold in any format."""
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int,
+           vocab: int = 32000) -> dict[str, Any]:
+    """The config.json of a Llama."""
+    return {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "max_position_embeddings": _POSITIONS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": False,
+    }
 
-_POSITIONS = 2048
+
+def _falcon(hidden: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """The config.json of a Falcon: of the first kind with one key-value head, else of the new
+    one."""
+    new = kv_heads > 1
+    return {
+        "model_type": "falcon", "vocab_size": 65024, "hidden_size": hidden,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_kv_heads": kv_heads,
+        "new_decoder_architecture": new, "multi_query": True, "parallel_attn": True, "bias": False,
+        "alibi": False, "layer_norm_epsilon": 1e-5, "max_position_embeddings": _POSITIONS,
+        "rope_theta": 10000.0, "activation": "gelu", "tie_word_embeddings": True,
+    }
+
+
+_POSITIONS = 4096
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": _llama(128, 2, 4, 2, 256, 512),
+    "small": _llama(1024, 16, 16, 4, 2816, 8192),
+    "1.1b": _llama(2048, 22, 32, 4, 5632),
+    "7b": _llama(4096, 32, 32, 32, 11008),
+    "13b": _llama(5120, 40, 40, 40, 13824),
+    "70b": _llama(8192, 80, 64, 8, 28672),
+    "falcon-7b": _falcon(4544, 32, 71, 1),
+    "falcon-40b": _falcon(8192, 60, 128, 8),
+}
+"""The config.json of shapes by name: Llamas, those from 7b on as Llama 2 has them, and Falcons. small
+has some 180 million weights, more than caches hold in any format."""
 
 
 @dataclass(frozen=True)
@@ -68,44 +96,45 @@ class Loaded:
 
 
 class Random:
-    """Random weights of a Llama's shape, in every format at once, the output embedding in bf16."""
+    """Random weights of a shape, in every format at once, the output embedding in bf16. They are
+    made on the device where it can."""
 
     def __init__(self, shape: str, formats: list[str], *, device: str, compute: str,
                  threads: int | None, isa: str | None) -> None:
-        sizes = SHAPES[shape]
-        self.name = f"a random Llama of shape {shape}"
-        self.vocab, self.max_positions = sizes["vocab"], _POSITIONS
-        config = describe(_config(sizes)).decoder
+        config = SHAPES[shape]
+        family = "Falcon" if config["model_type"] == "falcon" else "Llama"
+        self.name = f"a random {family} of shape {shape}"
+        self.vocab, self.max_positions = config["vocab_size"], _POSITIONS
+        self.architecture = describe(config)
         self.decoders = {
-            format: _core.Decoder(config, device=device, threads=threads, isa=isa, compute=compute)
+            format: _core.Decoder(self.architecture.decoder, device=device, threads=threads,
+                                  isa=isa, compute=compute)
             for format in formats}
         self.linear_bytes = dict.fromkeys(formats, 0)
         self.weights = self.parameters = 0
-        rng = np.random.default_rng(0)
-        for slot, shape_ in next(iter(self.decoders.values())).slots().items():
-            self.parameters += math.prod(shape_)
-            values = rng.standard_normal(shape_, dtype=np.float32) * np.float32(0.02)
-            self._set(slot, values)
+        for seed, (slot, size) in enumerate(next(iter(self.decoders.values())).slots().items()):
+            if not (slot == "embedding" and self.architecture.tied):
+                self.parameters += math.prod(size)
+            for format, decoder in self.decoders.items():
+                self._set(decoder, slot, size, format, seed)
+            if len(size) == 2 and slot not in ("embedding", "head"):
+                self.weights += math.prod(size)
+        if self.architecture.tied:
+            for decoder in self.decoders.values():
+                decoder.tie_embedding()
 
-    def _set(self, slot: str, values: np.ndarray) -> None:
-        """One slot of every decoder."""
-        if values.ndim == 1:
-            for decoder in self.decoders.values():
-                decoder.set_vector(slot, values + np.float32(1))
-            return
-        if slot in ("embedding", "head"):
-            weight = _core.quantize(values, "bf16")
-            for decoder in self.decoders.values():
-                if slot == "head":
-                    decoder.set_linear(slot, weight)
-                else:
-                    decoder.set_embedding(weight)
-            return
-        self.weights += values.size
-        for format, decoder in self.decoders.items():
-            weight = _core.quantize(values, format)
-            decoder.set_linear(slot, weight)
-            self.linear_bytes[format] += weight.nbytes
+    def _set(self, decoder: Any, slot: str, size: tuple[int, ...], format: str, seed: int) -> None:
+        """One slot of a decoder; norms are one, biases of norms zero."""
+        if len(size) == 1:
+            value = 0.0 if slot.endswith("bias") else 1.0
+            decoder.set_vector(slot, np.full(size, value, np.float32))
+        elif slot == "head":
+            decoder.set_random(slot, "bf16", seed=seed)
+        elif slot == "embedding":
+            if not self.architecture.tied:
+                decoder.set_random(slot, "bf16", seed=seed)
+        else:
+            self.linear_bytes[format] += decoder.set_random(slot, format, seed=seed)
 
     def ready(self, format: str) -> Ready:
         decoder = self.decoders[format]
@@ -113,13 +142,7 @@ class Random:
                      8 * self.linear_bytes[format] / self.weights,
                      decoder.info()["kernels"].get(format, []))
 
-
-def _config(sizes: dict[str, int]) -> dict[str, Any]:
-    """The config.json of a shape."""
-    return {
-        "model_type": "llama", "vocab_size": sizes["vocab"], "hidden_size": sizes["hidden"],
-        "intermediate_size": sizes["intermediate"], "num_hidden_layers": sizes["layers"],
-        "num_attention_heads": sizes["heads"], "num_key_value_heads": sizes["kv_heads"],
-        "max_position_embeddings": _POSITIONS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": False,
-    }
+    def kv_bytes(self, value: int) -> int:
+        """Bytes of keys and values of a position, at `value` bytes each."""
+        c = self.architecture.decoder
+        return int(2 * value * c["layers"] * c["kv_heads"] * c["head_dim"])

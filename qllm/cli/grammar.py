@@ -14,7 +14,7 @@ from .parser import Answer, Parser, Show, UsageError, names, number, one_of, sug
 MODEL = ("demo:llama, demo:falcon, a folder with config.json and safetensors files, or a name on"
          " the Hugging Face hub")
 BENCH_FORMATS = tuple(name for name in FORMATS if name != "original")
-BENCH_SHAPES = ("tiny", "small", "1.1b")
+BENCH_SHAPES = ("tiny", "small", "1.1b", "7b", "13b", "70b", "falcon-7b", "falcon-40b")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace | str:
@@ -189,7 +189,7 @@ def _bench(commands: Any) -> None:
                         help=MODEL + " (default: random weights of a Llama's shape)")
     parser.add_argument("--shape", type=one_of("shape", BENCH_SHAPES), metavar="SHAPE",
                         help="the shape of random weights, out of " + ", ".join(BENCH_SHAPES)
-                        + " (default: small); 1.1b needs 7 GB of memory for all formats")
+                        + " (default: small); 1.1b needs 7 GB of memory for all formats, 7b 35 GB")
     parser.add_argument("--formats", type=names("format", BENCH_FORMATS), metavar="LIST",
                         default=["bf16", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"],
                         help="separated by commas, out of " + ", ".join(BENCH_FORMATS)
