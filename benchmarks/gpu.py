@@ -149,18 +149,20 @@ def table(options: argparse.Namespace,
         found = {"left_out": late} if late else ours(
             shape, format, options, device, limits["read_bytes_per_second"], measure)
         rows.append({"shape": shape, "format": format, **found})
-        progress(rows[-1])
+        keep(options, limits, rows)
     return result(options, limits=limits, rows=rows)
 
 
-def progress(row: Row) -> None:
-    """A line as soon as an entry is there: what ran before an interruption is not lost."""
-    print(f"# {row['shape']} {row.get('engine', '')} {row['format']}: "
+def keep(options: argparse.Namespace, limits: Row, rows: list[Row]) -> None:
+    """A line and the JSON as soon as an entry is there: an interruption loses none."""
+    row = rows[-1]
+    print(f"# {row['shape']} {row.get('engine', 'qllm')} {row['format']}: "
           f"{row.get('left_out', 'measured')}", flush=True)
+    common.write_json(options.json, result(options, limits=limits, rows=rows))
 
 
 def result(options: argparse.Namespace, **found: Any) -> Row:
-    """What is written to --json."""
+    """What is written to --json: after each entry, and at the end."""
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(options).items() if key != "json"}
     return {"benchmark": f"gpu {options.table}", "machine": common.machine(), "options": settings,
@@ -184,7 +186,7 @@ def peers(options: argparse.Namespace) -> Row:
             else:
                 found = torch_models.measure(SHAPES[shape], format, options)
             rows.append({"shape": shape, "format": format, "engine": engine, **found})
-            progress(rows[-1])
+            keep(options, limits, rows)
     return result(options, limits=limits, rows=rows)
 
 

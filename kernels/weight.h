@@ -43,6 +43,11 @@ qllm_status gpu_weight_load(gpu_device *device, gpu_weight *out, const qllm_tens
                             qllm_format format, int64_t blocksize, const char *name, bool tiled,
                             int memory, gpu_stream stream, qllm_error *error);
 
+/* The weight of core/random_weight.h with the sizes of `described`; random_weight.cu. */
+qllm_status gpu_weight_random(gpu_device *device, gpu_weight *out, const qllm_qweight *described,
+                              uint64_t seed, bool tiled, int memory, gpu_stream stream,
+                              qllm_error *error);
+
 /* The standard bytes, as they were set; the caller clears. */
 qllm_status gpu_weight_get(gpu_device *device, const gpu_weight *weight, qllm_qweight *out,
                            gpu_stream stream, qllm_error *error);
