@@ -14,10 +14,10 @@ prefill  tokens per second from a prompt to its first token
 peers    decode beside transformers in bfloat16, and with bitsandbytes' layers, on PyTorch
 
 Weights are random (csrc/core/random_weight.h) and made on the device; the output embedding stays
-bfloat16. A model is made for one shape and format at a time. What cannot be made or run, for want of
-memory or of a package, is left out with the reason, and the rest goes on; so does what was not begun
-after --seconds. A step is timed from the call to its token on the host; the median of all steps of
-all rounds counts.
+bfloat16. A model is made for one shape and format at a time. What cannot be made or run, for want
+of memory or of a package, is left out with the reason, and the rest goes on; so is what was not
+begun after --seconds. A step is timed from the call to its token on the host; the median of all
+steps of all rounds counts.
 """
 
 from __future__ import annotations
@@ -50,10 +50,13 @@ def device_name(options: argparse.Namespace) -> str:
 
 def limits_of(device: str, nbytes: int | None) -> Row:
     """What the device can do."""
-    info = _core.device_info(device)
-    if info is None:
-        raise SystemExit(f"{device} is not a GPU; see qllm bench")
-    found = _core.device_limits(device, nbytes or min(READ_BYTES, info["free"] // 4))
+    try:
+        info = _core.device_info(device)
+        if info is None:
+            raise SystemExit(f"{device} is not a GPU; see qllm bench")
+        found = _core.device_limits(device, nbytes or min(READ_BYTES, info["free"] // 4))
+    except QllmError as error:
+        raise SystemExit(str(error)) from None
     return {**info, **(found or {})}
 
 

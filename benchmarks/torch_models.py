@@ -27,20 +27,21 @@ def unusable(device: str) -> str | None:
 
 def quantized(linear: Any, format: str, device: str) -> Any:
     """A layer of bitsandbytes with the weight of this one."""
-    import bitsandbytes as bnb
     import torch
+    from bitsandbytes import nn
 
+    bnb: Any = nn
     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
     weight = linear.weight.data
     if format == "int8":
-        layer = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=6.0)
-        layer.weight = bnb.nn.Int8Params(weight.to("cpu", torch.float16), requires_grad=False,
+        layer: Any = bnb.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=6.0)
+        layer.weight = bnb.Int8Params(weight.to("cpu", torch.float16), requires_grad=False,
                                          has_fp16_weights=False)
     else:
         kind, nested = format.removesuffix("-dq"), format.endswith("-dq")
-        layer = bnb.nn.Linear4bit(*sizes, bias=bias, compute_dtype=torch.bfloat16, quant_type=kind,
+        layer = bnb.Linear4bit(*sizes, bias=bias, compute_dtype=torch.bfloat16, quant_type=kind,
                                   compress_statistics=nested)
-        layer.weight = bnb.nn.Params4bit(weight.to("cpu"), requires_grad=False, quant_type=kind,
+        layer.weight = bnb.Params4bit(weight.to("cpu"), requires_grad=False, quant_type=kind,
                                          compress_statistics=nested)
     layer.bias = linear.bias
     return layer.to(device)
@@ -56,7 +57,8 @@ def make(config: dict[str, Any], format: str, device: str) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
+            factory: Any = AutoModelForCausalLM
+            model = factory.from_config(
                 AutoConfig.for_model(config["model_type"], **settings)).eval()
     finally:
         torch.set_default_dtype(before)

@@ -292,8 +292,8 @@ static GPU_DEVICE void carve(const draw_args *a, row *r, kept *k)
     r->tops = r->changed + (a->copies ? a->vocab : 0);
 }
 
-/* argmax of (logit - max) / temperature + gumbel over the kept tokens: each thread for its blocks of
- * noise, and those that cannot win are left out before any logarithm, as on the host. */
+/* argmax of (logit - max) / temperature + gumbel over the kept tokens: each thread for its blocks
+ * of noise, and those that cannot win are left out before any logarithm, as on the host. */
 static GPU_DEVICE int64_t race(const row *r, const kept *k, const draw_job *job)
 {
     const qllm_sampling *s = &job->sampling;

@@ -1,5 +1,5 @@
-"""Draws and statistics of the kernels, on the emulator: the bits of the host's, whatever the logits,
-the filters, the place of a row in a call, and the order in which lanes run."""
+"""Draws and statistics of the kernels, on the emulator: the bits of the host's, whatever the
+logits, the filters, the place of a row in a call, and the order in which lanes run."""
 
 from __future__ import annotations
 
@@ -182,6 +182,8 @@ def test_any_logits_have_the_bits_of_the_host(values: list[float], seed: int, te
     row = np.array(values, F32)
     row[seed % len(row)] = 0.5
     rows = np.stack([row, np.random.default_rng(seed).permutation(row)])
+    # a large float32 can round to infinity
+    may_round = bool(np.isfinite(round_logits(rows, "bfloat16").max()))
     draws = [{"row": i % 2, "seed": seed, "step": i, "temperature": temperature,
               "top_k": data.draw(st.integers(0, len(row) + 1)),
               "keep_ties": data.draw(st.booleans()),
@@ -189,11 +191,8 @@ def test_any_logits_have_the_bits_of_the_host(values: list[float], seed: int, te
               "min_p": data.draw(st.sampled_from([0.0, 1e-6, 0.1, 1.0])),
               "repetition_penalty": data.draw(st.sampled_from([1.0, 1.2, 0.5, 3e38])),
               "history": data.draw(st.lists(st.integers(0, len(row) - 1), max_size=5)),
-              "round_bf16": data.draw(st.booleans())}
+              "round_bf16": may_round and data.draw(st.booleans())}
              for i in range(4)]
-    rounded = round_logits(rows, "bfloat16")
-    for draw in draws:  # a large float32 can round to infinity
-        draw["round_bf16"] &= bool(np.isfinite(rounded.max()))
     assert_draws_alike(rows, draws)
     grid = [0.0, temperature]
     same_as_host(rows[0], rows[1], grid, [seed % len(row)])
@@ -213,14 +212,14 @@ def test_a_large_vocabulary_has_the_bits_of_the_host() -> None:
 
 @pytest.mark.usefixtures("order")
 def test_sums_run_in_the_order_of_the_host() -> None:
-    """Weights of 2^-52 beside one of 1: in another order other ones are lost, and log(1 + sum) shows
-    each of them."""
+    """Weights of 2^-52 beside one of 1: in another order other ones are lost, and log(1 + sum)
+    shows each of them."""
     rng = np.random.default_rng(8)
     for vocab in (40, 1000, 5000):
         rows = rng.choice(np.array([-35.5, -36, -36.5, -37, -37.5], F32), (3, vocab))
         rows[range(3), rng.integers(0, vocab, 3)] = 0
-        settings_ = [{}, {"top_k": vocab // 2}, {"top_p": 1 - 1e-14}, {"min_p": 1e-16},
-                     {"temperature": 1.01}, {"temperature": 1.0, "top_p": 1 - 1e-15}]
+        settings_: list[dict[str, Any]] = [{}, {"top_k": vocab // 2}, {"top_p": 1 - 1e-14}, {"min_p": 1e-16},
+                                           {"temperature": 1.01}, {"top_p": 1 - 1e-15}]
         draws = [s | {"row": row, "seed": 5} for s in settings_ for row in range(3)]
         assert_draws_alike(rows, draws)
         assert (np.abs(device_draw(rows, draws)[2]) < 1e-11).all()
@@ -228,8 +227,8 @@ def test_sums_run_in_the_order_of_the_host() -> None:
 
 @pytest.mark.usefixtures("order")
 def test_of_equal_scores_the_lower_id_wins() -> None:
-    """Two tokens with one noise word, which are found by chance, and equal logits; then with a token
-    beside them whose logit is larger, but whose noise is small."""
+    """Two tokens with one noise word, which are found by chance, and equal logits; then with a
+    token beside them whose logit is larger, but whose noise is small."""
     vocab = 120_000
     words = np.array([_core.philox([i, 0, 0, 0], [1, 0]) for i in range(vocab // 4)]).ravel()
     order = np.argsort(words, kind="stable")

@@ -128,7 +128,7 @@ typedef struct qllm_backend {
     qllm_status (*tie_embedding)(qllm_decoder *decoder, qllm_error *error);
 
     /* The weight of core/random_weight.h, made on the device, for a linear slot or "embedding" (a
-     * float format): to measure speed with.  NULL: not offered, the caller sets one from the host. */
+     * float format): to measure speed with.  NULL: not offered, the caller sets one. */
     qllm_status (*set_random)(qllm_decoder *decoder, const char *slot, qllm_format format,
                               int64_t blocksize, uint64_t seed, qllm_error *error);
 

@@ -1,5 +1,5 @@
-/* Random weights by a formula, to measure speed with: the same on every device, which can write them
- * where they are needed.  Codes are uniform, and a row's values have a variance near 1 / cols. */
+/* Random weights by a formula, to measure speed with: the same on every device, which can write
+ * them where they are needed.  Codes are uniform, and values have a variance near 1 / cols. */
 #ifndef QLLM_CORE_RANDOM_WEIGHT_H
 #define QLLM_CORE_RANDOM_WEIGHT_H
 

@@ -49,8 +49,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "falcon-7b": _falcon(4544, 32, 71, 1),
     "falcon-40b": _falcon(8192, 60, 128, 8),
 }
-"""The config.json of shapes by name: Llamas, those from 7b on as Llama 2 has them, and Falcons. small
-has some 180 million weights, more than caches hold in any format."""
+"""The config.json of shapes by name: Llamas, those from 7b on as Llama 2 has them, and Falcons.
+small has some 180 million weights, more than caches hold in any format."""
 
 
 @dataclass(frozen=True)
