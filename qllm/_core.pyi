@@ -237,6 +237,92 @@ def quantize_pass(
 ) -> None:
     """Reads and quantizes and keeps nothing: what that costs by itself."""
 
+# packed weights in memory of other libraries: csrc/python/py_image.c over csrc/cpu/image.h
+
+def image(weight: QuantizedTensor, /) -> NDArray[np.uint8]:
+    """A weight packed for the CPU kernels, as uint8 (n,) that owns its memory; private to a build
+    of qllm."""
+
+def image_from_source(
+    array: Any,
+    format: str,
+    blocksize: int = 64,
+    *,
+    name: str = "array",
+    dtype: str | None = None,
+) -> NDArray[np.uint8]:
+    """image(quantize(array, format, blocksize)) without the standard bytes between."""
+
+def image_sizes(format: str, rows: int, cols: int, blocksize: int, /) -> tuple[int, int]:
+    """Bytes of such an image, and nbytes of the weight."""
+
+def image_weight(image: Any, dtype_name: str | None = None, /) -> QuantizedTensor: ...
+def image_error(
+    image: Any, source: Any, dtype: str | None = None, name: str = "source", /
+) -> dict[str, float]:
+    """image_weight(image).error(source) without a copy of the weight."""
+
+def image_dequantize(image: Any, first: int, n: int, dtype: str = "float32", /) -> NDArray[Any]:
+    """Rows [first, first + n) of the weight (n, cols), exactly, rounded to dtype: float32, float16,
+    or bfloat16 as its bits in uint16."""
+
+def image_linear_name(image: Any, m: int, compute: str, /) -> str:
+    """Which kernel multiplies m rows by this weight."""
+
+def use_team(parallel: int, max_threads: int, thread_num: int, /) -> None:
+    """Products by address run in the threads of another library from now on: addresses of
+    GOMP_parallel, omp_get_max_threads and omp_get_thread_num as it calls them; 0, 0, 0: in threads
+    of qllm's own."""
+
+def image_linear(
+    image: int,
+    nbytes: int,
+    x: int,
+    dtype: int,
+    m: int,
+    cols: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    rows: int,
+    compute: str,
+    int8_threshold: float,
+    /,
+) -> None:
+    """y = x W^T + bias; image, x, bias (0: none) and y are addresses of memory that the caller
+    holds, x (m, cols) and y (m, rows) contiguous, of one dtype: 0 float32, 1 float16, 2
+    bfloat16."""
+
+def image_linear_int8(
+    image: int,
+    nbytes: int,
+    x: int,
+    dtype: int,
+    m: int,
+    cols: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    rows: int,
+    q: int,
+    absmax: int,
+    outliers: int,
+    n_outliers: int,
+    /,
+) -> None:
+    """The same for an int8 weight and an x that is rounded already: addresses of q int8 (m, cols)
+    in units of absmax float32 (m,) / 127 and of outliers int64 (n_outliers,), the columns that are
+    added from x in every row."""
+
+def round_int8(
+    x: int, dtype: int, m: int, cols: int, threshold: float, q: int, absmax: int, used: int, /
+) -> None:
+    """Rounds x (m, cols) as bitsandbytes does for LLM.int8(), by addresses: q int8 (m, cols),
+    absmax float32 (m,), used uint8 (cols,) 1 for the columns that hold |x| >= threshold."""
+
+def sample_words(address: int, nbytes: int, /) -> int:
+    """A number that most changes of that memory change."""
+
 # the limits of this machine: csrc/python/py_limits.c over csrc/cpu/limits.h
 
 def limit_buffer(nbytes: int, /) -> NDArray[np.uint8]:

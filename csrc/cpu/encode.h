@@ -63,8 +63,12 @@ typedef struct qllm_encode_ops {
     /* Codes of absmax values: (absmax - offset) / largest, for largest > 0. */
     void (*nested_codes)(const qllm_nested_table *table, const float *absmax, int64_t n,
                          float offset, float largest, uint8_t *codes);
+    /* And back: whole blocks of a 4-bit format, code[c] * absmax[b] each. */
+    void (*decode_blocks)(const float code[16], const uint8_t *bytes, const float *absmax,
+                          int64_t blocks, int64_t blocksize, float *out);
     bool (*all_finite)(const void *source, qllm_dtype dtype, int64_t n);
     void (*to_float)(const void *source, qllm_dtype dtype, int64_t n, float *out);
+    void (*from_float)(const float *source, qllm_dtype dtype, int64_t n, void *out);
 
     /* Dword i of row r (r < n_rows <= 16, row r at rows + r * stride, row_bytes long) <-> dword r
      * of line i.  Into a tile, what is behind a row's end and the rows from n_rows on are zeros;

@@ -116,6 +116,17 @@ static bool blocks(const qllm_code_table *table, const void *source, qllm_dtype 
     return instances[table->is_fp4][dtype](table, source, n, blocksize, bytes, absmax);
 }
 
+static void decode_blocks(const float code[16], const uint8_t *bytes, const float *absmax,
+                          int64_t blocks, int64_t blocksize, float *out)
+{
+    value_table table = value_table_load(code);
+    for (int64_t b = 0; b < blocks; b++) {
+        lanes scale = lanes_set1(absmax[b]);
+        for (int64_t i = 0; i < blocksize; i += 16, bytes += 8, out += 16)
+            lanes_store(out, lanes_mul(lanes_values(table, bytes), scale));
+    }
+}
+
 /* n < 16 values, and `fill` behind. */
 QLLM_INLINE lanes load_filled(const float *p, int64_t n, float fill)
 {
@@ -235,6 +246,22 @@ static void to_float(const void *source, qllm_dtype dtype, int64_t n, float *out
                    : dtype == QLLM_F16 ? convert(source, QLLM_F16, n, out)
                                        : 0;
     qllm_to_float((const uint8_t *)source + done * size_of(dtype), dtype, n - done, out + done);
+}
+
+/* Here so that the compiler makes vector code of the set's own of these loops. */
+static void from_float(const float *source, qllm_dtype dtype, int64_t n, void *out)
+{
+    uint8_t *at = out;
+    if (n > 0 && dtype == QLLM_F32)
+        memcpy(out, source, (size_t)n * sizeof *source);
+    for (int64_t i = 0; dtype == QLLM_BF16 && i < n; i++) {
+        uint16_t h = qllm_float_to_bf16(source[i]);
+        memcpy(at + 2 * i, &h, sizeof h);
+    }
+    for (int64_t i = 0; dtype == QLLM_F16 && i < n; i++) {
+        uint16_t h = qllm_float_to_f16(source[i]);
+        memcpy(at + 2 * i, &h, sizeof h);
+    }
 }
 
 /* tiles ---------------------------------------------------------------------------------------- */
@@ -378,10 +405,12 @@ static void row_error(const float *x, const float *y, int64_t n, qllm_error_sums
 
 #define ENCODE_OPS                                                                                \
     {                                                                                             \
-        .blocks = blocks, .int8_row = int8_row, .nested_codes = nested_codes,                     \
-        .all_finite = all_finite, .to_float = to_float, .interleave = interleave,                 \
-        .deinterleave = deinterleave, .interleave_halves = interleave_halves,                     \
-        .deinterleave_halves = deinterleave_halves, .row_error = row_error,                       \
+        .blocks = blocks, .decode_blocks = decode_blocks, .int8_row = int8_row,                   \
+        .nested_codes = nested_codes,                                                             \
+        .all_finite = all_finite, .to_float = to_float, .from_float = from_float,                 \
+        .interleave = interleave, .deinterleave = deinterleave,                                   \
+        .interleave_halves = interleave_halves, .deinterleave_halves = deinterleave_halves,       \
+        .row_error = row_error,                                                                   \
     }
 
 #endif

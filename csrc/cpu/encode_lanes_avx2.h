@@ -246,4 +246,28 @@ QLLM_INLINE ilanes lanes_code_pairs(lanes_coder coder, bool is_fp4, lanes even, 
                         code_half(&coder, is_fp4, odd.high))};
 }
 
+typedef struct value_table { __m256 below, above; } value_table;
+
+QLLM_INLINE value_table value_table_load(const float code[16])
+{
+    return (value_table){_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)};
+}
+
+/* The codes of 4 bytes: each byte in a quadword, its high half in the lower dword. */
+QLLM_INLINE __m256 values_half(value_table table, const uint8_t *bytes)
+{
+    int32_t word;
+    memcpy(&word, bytes, sizeof word);
+    __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(word));
+    __m256i index = _mm256_or_si256(_mm256_srli_epi32(wide, 4), _mm256_slli_epi64(wide, 32));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.below, index),
+                            _mm256_permutevar8x32_ps(table.above, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+QLLM_INLINE lanes lanes_values(value_table table, const uint8_t *bytes)
+{
+    return (lanes){values_half(table, bytes), values_half(table, bytes + 4)};
+}
+
 #endif

@@ -159,4 +159,16 @@ QLLM_INLINE ilanes lanes_code_pairs(lanes_coder coder, bool is_fp4, lanes even, 
     return _mm512_or_si512(_mm512_slli_epi32(high, 4), low);
 }
 
+typedef __m512 value_table;
+
+QLLM_INLINE value_table value_table_load(const float code[16]) { return _mm512_loadu_ps(code); }
+
+/* Each byte in a quadword, its high half in the lower dword; vpermps reads four bits. */
+QLLM_INLINE lanes lanes_values(value_table table, const uint8_t *bytes)
+{
+    __m512i wide = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)bytes));
+    __m512i index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi64(wide, 32));
+    return _mm512_permutexvar_ps(index, table);
+}
+
 #endif

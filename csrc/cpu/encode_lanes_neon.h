@@ -239,4 +239,21 @@ QLLM_INLINE ilanes lanes_code_pairs(lanes_coder coder, bool is_fp4, lanes even, 
                     code_pair_quarter(&coder, is_fp4, even.d, odd.d)};
 }
 
+typedef struct value_table { const float *code; } value_table;
+
+QLLM_INLINE value_table value_table_load(const float code[16])
+{
+    return (value_table){code};
+}
+
+QLLM_INLINE lanes lanes_values(value_table table, const uint8_t *bytes)
+{
+    float out[16];
+    for (int i = 0; i < 8; i++) {
+        out[2 * i] = table.code[bytes[i] >> 4];
+        out[2 * i + 1] = table.code[bytes[i] & 15];
+    }
+    return lanes_load(out);
+}
+
 #endif

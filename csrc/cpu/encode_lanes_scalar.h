@@ -169,4 +169,22 @@ QLLM_INLINE ilanes lanes_code_pairs(lanes_coder coder, bool is_fp4, lanes even, 
     return low;
 }
 
+/* The 16 values of a format, and those of the 16 codes in 8 bytes, in order. */
+typedef struct value_table { const float *code; } value_table;
+
+QLLM_INLINE value_table value_table_load(const float code[16])
+{
+    return (value_table){code};
+}
+
+QLLM_INLINE lanes lanes_values(value_table table, const uint8_t *bytes)
+{
+    lanes out;
+    for (int i = 0; i < 8; i++) {
+        out.v[2 * i] = table.code[bytes[i] >> 4];
+        out.v[2 * i + 1] = table.code[bytes[i] & 15];
+    }
+    return out;
+}
+
 #endif

@@ -182,6 +182,16 @@ static bool is_small(const qllm_linear_part *parts, int n_parts, int64_t m)
     return all < SMALL_JOB;
 }
 
+static void take_form(linear_job *job)
+{
+    job->rows.q = job->rounded.q;
+    job->rows.q_stride = job->rounded.q_stride;
+    job->rows.scale = job->rounded.scale;
+    job->rows.block_sums = job->rounded.block_sums;
+    job->rows.outliers = job->rounded.outliers;
+    job->rows.n_outliers = job->rounded.n_outliers;
+}
+
 /* The rounded form of x, made by all threads where there are many rows. */
 static void make_form(linear_job *job, qllm_threads *threads, bool small, bool int8_batch,
                       void *scratch)
@@ -197,21 +207,13 @@ static void make_form(linear_job *job, qllm_threads *threads, bool small, bool i
         qllm_threads_run(threads, m, round_rows, job);
     if (job->form.int8_weights && int8_batch && job->threshold > 0.0f)
         share_outliers(&job->rounded, m, cols);
-    job->rows.q = job->rounded.q;
-    job->rows.q_stride = job->rounded.q_stride;
-    job->rows.scale = job->rounded.scale;
-    job->rows.block_sums = job->rounded.block_sums;
-    job->rows.outliers = job->rounded.outliers;
-    job->rows.n_outliers = job->rounded.n_outliers;
+    take_form(job);
 }
 
-/* Parts that take x in the same form. */
-static void multiply(linear_job *job, qllm_threads *threads, const qllm_linear_options *options,
-                     void *scratch)
+/* The tiles of all parts, when x is in its form. */
+static void share_tiles(linear_job *job, qllm_threads *threads, bool small)
 {
-    bool small = is_small(job->parts, job->n_parts, job->rows.m);
     int64_t tiles = 0, units = 0;
-    make_form(job, threads, small, options->int8_batch, scratch);
     for (int i = 0; i < job->n_parts; i++)
         tiles += job->parts[i].weight->tiles;
     if (job->rows.m > BLOCK_ROWS && tiles >= 2 * BLOCK_UNIT * qllm_threads_count(threads))
@@ -224,6 +226,15 @@ static void multiply(linear_job *job, qllm_threads *threads, const qllm_linear_o
         multiply_tiles(job, 0, units, 0);
     else
         qllm_threads_run(threads, units, multiply_tiles, job);
+}
+
+/* Parts that take x in the same form. */
+static void multiply(linear_job *job, qllm_threads *threads, const qllm_linear_options *options,
+                     void *scratch)
+{
+    bool small = is_small(job->parts, job->n_parts, job->rows.m);
+    make_form(job, threads, small, options->int8_batch, scratch);
+    share_tiles(job, threads, small);
 }
 
 static bool same_form(const form *a, const form *b)
@@ -249,4 +260,29 @@ void qllm_cpu_linear(qllm_threads *threads, const qllm_cpu_ops *ops, const qllm_
                                .stride = x_stride};
         multiply(&job, threads, options, scratch);
     }
+}
+
+void qllm_cpu_linear_int8(qllm_threads *threads, const qllm_cpu_ops *ops,
+                          const qllm_linear_part *part, const qllm_cpu_linear_int8_rows *given,
+                          void *scratch)
+{
+    int64_t m = given->m, cols = part->weight->cols;
+    linear_job job = {.ops = ops, .parts = part, .n_parts = 1, .unit = 1,
+                      .form = {.tier = QLLM_TIER_EXACT, .int8_weights = true}};
+    if (m <= 0)
+        return;
+    job.rows = (qllm_rows){.x = given->x, .m = m, .cols = cols, .stride = cols,
+                           .tier = QLLM_TIER_EXACT};
+    job.rounded = divide_scratch(scratch, &job.form, cols, m);
+    for (int64_t r = 0; r < m; r++) {
+        int8_t *q = (int8_t *)job.rounded.q + r * job.rounded.q_stride;
+        memcpy(q, given->q + r * cols, (size_t)cols);
+        memset(q + cols, 0, (size_t)(job.rounded.q_stride - cols));
+        job.rounded.scale[r] = given->absmax[r] / 127.0f;
+        job.rounded.n_outliers[r] = given->n_outliers;
+        for (int64_t i = 0; i < given->n_outliers; i++)
+            job.rounded.outliers[r * cols + i] = (int32_t)given->outliers[i];
+    }
+    take_form(&job);
+    share_tiles(&job, threads, is_small(part, 1, m));
 }

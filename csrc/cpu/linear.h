@@ -40,4 +40,21 @@ void qllm_cpu_linear(qllm_threads *threads, const qllm_cpu_ops *ops, const qllm_
                      int n_parts, const float *x, int64_t m, int64_t x_stride,
                      const qllm_linear_options *options, void *scratch);
 
+/* m rows that the caller has rounded as LLM.int8() has it: q (m, cols) contiguous, in units of
+ * absmax (m) / 127, and columns, ascending, which are added from x (m, cols) float32 in every
+ * row. */
+typedef struct qllm_cpu_linear_int8_rows {
+    const int8_t *q;
+    const float *absmax;
+    const int64_t *outliers; /* (n_outliers) */
+    int64_t n_outliers;
+    const float *x;          /* NULL when there are no outliers */
+    int64_t m;
+} qllm_cpu_linear_int8_rows;
+
+/* The product of such rows and one int8 weight; scratch as for qllm_cpu_linear. */
+void qllm_cpu_linear_int8(qllm_threads *threads, const qllm_cpu_ops *ops,
+                          const qllm_linear_part *part, const qllm_cpu_linear_int8_rows *rows,
+                          void *scratch);
+
 #endif

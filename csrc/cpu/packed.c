@@ -50,41 +50,36 @@ static bool tile_size(const qllm_packed *p, int64_t *bytes)
     return false;
 }
 
-static qllm_status allocate_data(qllm_packed *p, const char *name, qllm_error *error)
+qllm_status qllm_packed_measure(const qllm_qweight *like, const char *name, qllm_packed *p,
+                                qllm_error *error)
 {
-    void *memory;
     int64_t bytes = 0;
+    p->format = like->format;
+    p->layout = choose_layout(like);
+    p->rows = like->rows;
+    p->cols = like->cols;
+    p->blocksize = like->blocksize;
+    p->row_blocks = p->layout == QLLM_LAYOUT_BLOCKS ? p->cols / p->blocksize : 0;
+    p->nested_bytes = 0;
     qllm_checked_ceil_div(p->rows, QLLM_TILE_ROWS, &p->tiles);
     if (!tile_size(p, &p->tile_bytes) || !qllm_checked_mul(p->tiles, p->tile_bytes, &bytes) ||
         !qllm_checked_add(bytes, QLLM_LINE, &p->data_bytes))
         return qllm_fail(error, QLLM_MEMORY, "%s: the packed form of shape (%" PRId64 ", %" PRId64
                          ") is larger than can be addressed", name, p->rows, p->cols);
-    qllm_status status = qllm_alloc_large(&memory, p->data_bytes, 1, name, error);
-    p->data = memory;
-    if (status == QLLM_OK)
-        memset(p->data + bytes, 0, QLLM_LINE);
-    return status;
-}
-
-/* The second-level absmax values are zeros at first, and those behind the last stay so that rows
- * which pad the last tile may look. */
-static qllm_status allocate_nested(qllm_packed *p, qllm_error *error)
-{
-    void *memory;
-    int64_t n = p->tiles * QLLM_TILE_ROWS * p->row_blocks / QLLM_NESTED_BLOCKSIZE + 1;
-    qllm_status status = qllm_alloc(&memory, n, sizeof(float), "a nested absmax", error);
-    p->nested_absmax = memory;
-    p->nested_bytes = n * (int64_t)sizeof(float);
-    return status;
-}
-
-static qllm_status allocate_row_values(qllm_packed *p, const char *name, qllm_error *error)
-{
-    void *memory;
-    if (p->cols > QLLM_INT8_MAX_COLS)
+    if (p->layout == QLLM_LAYOUT_INT8 && p->cols > QLLM_INT8_MAX_COLS)
         return qllm_fail(error, QLLM_UNSUPPORTED, "%s: an int8 weight of %" PRId64 " columns was "
                          "given; the exact int32 sum holds at most %d: use another format", name,
                          p->cols, QLLM_INT8_MAX_COLS);
+    /* so many that rows which pad the last tile may look */
+    if (p->layout == QLLM_LAYOUT_BLOCKS && qllm_packed_nested(p))
+        p->nested_bytes = (p->tiles * QLLM_TILE_ROWS * p->row_blocks / QLLM_NESTED_BLOCKSIZE + 1) *
+                          (int64_t)sizeof(float);
+    return QLLM_OK;
+}
+
+static qllm_status allocate_row_values(qllm_packed *p, qllm_error *error)
+{
+    void *memory;
     int64_t n = p->tiles * QLLM_TILE_ROWS;
     qllm_status status = qllm_alloc(&memory, n, sizeof(float), "the absmax of rows", error);
     p->row_absmax = memory;
@@ -97,11 +92,17 @@ static qllm_status allocate_row_values(qllm_packed *p, const char *name, qllm_er
 
 static qllm_status allocate(qllm_packed *p, const char *name, qllm_error *error)
 {
-    qllm_status status = allocate_data(p, name, error);
+    void *memory;
+    qllm_status status = qllm_alloc_large(&memory, p->data_bytes, 1, name, error);
+    p->data = memory;
+    if (status == QLLM_OK)
+        memset(p->data + p->data_bytes - QLLM_LINE, 0, QLLM_LINE);
     if (status == QLLM_OK && p->layout == QLLM_LAYOUT_INT8)
-        status = allocate_row_values(p, name, error);
-    if (status == QLLM_OK && p->layout == QLLM_LAYOUT_BLOCKS && qllm_packed_nested(p))
-        status = allocate_nested(p, error);
+        status = allocate_row_values(p, error);
+    if (status == QLLM_OK && p->nested_bytes > 0) {
+        status = qllm_alloc(&memory, p->nested_bytes, 1, "a nested absmax", error);
+        p->nested_absmax = memory;
+    }
     return status;
 }
 
@@ -131,14 +132,11 @@ qllm_status qllm_packed_create(const qllm_qweight *like, const char *name, qllm_
     if (status != QLLM_OK)
         return status;
     qllm_packed *p = memory;
-    p->format = like->format;
-    p->layout = choose_layout(like);
-    p->rows = like->rows;
-    p->cols = like->cols;
-    p->blocksize = like->blocksize;
-    p->row_blocks = p->layout == QLLM_LAYOUT_BLOCKS ? p->cols / p->blocksize : 0;
-    copy_tables(like, p);
-    status = allocate(p, name, error);
+    status = qllm_packed_measure(like, name, p, error);
+    if (status == QLLM_OK) {
+        copy_tables(like, p);
+        status = allocate(p, name, error);
+    }
     if (status != QLLM_OK) {
         qllm_packed_destroy(p);
         return status;

@@ -39,6 +39,12 @@ qllm_status qllm_unpack(const qllm_packer *packer, const qllm_packed *packed, ql
 /* Row `row` of a float format as float32 (cols). */
 void qllm_packed_row(const qllm_packed *packed, int64_t row, float *out);
 
+/* Rows [first, first + n) of any format, exactly as qllm_dequantize, each value rounded to `dtype`:
+ * out (n, cols). */
+qllm_status qllm_packed_dequantize(const qllm_packer *packer, const qllm_packed *packed,
+                                   int64_t first, int64_t n, qllm_dtype dtype, void *out,
+                                   qllm_error *error);
+
 /* As qllm_quantization_error, without a copy of the weight. */
 qllm_status qllm_packed_error(const qllm_packer *packer, const qllm_packed *packed,
                               const qllm_tensor *source, const char *name, qllm_quant_error *out,

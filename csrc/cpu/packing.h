@@ -4,6 +4,11 @@
 
 #include "cpu/packed_layout.h"
 
+/* Fills in what follows from the format and shape of *like (a described weight): layout, sizes,
+ * counts.  Fails for what is too large to address or to sum. */
+qllm_status qllm_packed_measure(const qllm_qweight *like, const char *name, qllm_packed *packed,
+                                qllm_error *error);
+
 /* Memory for a weight of the format and shape of *like (a described or a full weight), with its
  * tables and offset.  Nothing else is set. */
 qllm_status qllm_packed_create(const qllm_qweight *like, const char *name, qllm_packed **out,
@@ -34,6 +39,20 @@ void qllm_tile_put_codes(qllm_packed *packed, int64_t tile, int n, const uint8_t
 /* And back.  Not for BYTES. */
 void qllm_tile_take(const qllm_packed *packed, const qllm_encode_ops *ops, int64_t tile,
                     const qllm_tile_rows *rows);
+
+/* Row `r` of a tile as float32 (cols): of `rows`, into which the tile was taken.  For BYTES, which
+ * are in no tile, rows may hold anything. */
+void qllm_tile_row_values(const qllm_packed *packed, const qllm_encode_ops *ops,
+                          const qllm_tile_rows *rows, int64_t tile, int64_t r, float *out);
+
+/* Where a thread keeps the rows of a tile: their bytes, absmax and codes, and behind them `values`
+ * floats. */
+typedef struct qllm_tile_buffer {
+    int64_t stride, absmax_at, codes_at, values_at, bytes;
+} qllm_tile_buffer;
+
+qllm_tile_buffer qllm_tile_buffer_of(const qllm_packed *packed, int64_t values);
+qllm_tile_rows qllm_tile_buffer_rows(const qllm_tile_buffer *buffer, uint8_t *memory);
 
 /* Runs `work` over the tiles, on the packer's threads when there is enough to do. */
 void qllm_packer_run(const qllm_packer *packer, const qllm_packed *packed,

@@ -71,6 +71,7 @@ static const uint64_t JOB_OPEN = (uint64_t)1 << 31;
 
 struct qllm_threads {
     int count;                  /* the caller included */
+    qllm_team team;             /* its functions are NULL for a pool with threads of its own */
     int usable;                 /* processors that the jobs of this process share */
     worker *workers;            /* (count) */
     int started;                /* how many of them run, without the caller */
@@ -173,14 +174,11 @@ static void destroy_locks(qllm_threads *pool)
     pthread_cond_destroy(&pool->done);
 }
 
-qllm_status qllm_threads_create(int n, qllm_threads **out, qllm_error *error)
+static qllm_status create(int n, qllm_threads **out, qllm_error *error)
 {
     void *memory;
     *out = NULL;
-    qllm_status status = qllm_threads_resolve(n, &n, error);
-    if (status != QLLM_OK)
-        return status;
-    status = qllm_alloc(&memory, 1, sizeof(qllm_threads), "a thread pool", error);
+    qllm_status status = qllm_alloc(&memory, 1, sizeof(qllm_threads), "a thread pool", error);
     if (status != QLLM_OK)
         return status;
     qllm_threads *pool = memory;
@@ -200,9 +198,30 @@ qllm_status qllm_threads_create(int n, qllm_threads **out, qllm_error *error)
     return QLLM_OK;
 }
 
+qllm_status qllm_threads_create(int n, qllm_threads **out, qllm_error *error)
+{
+    *out = NULL;
+    qllm_status status = qllm_threads_resolve(n, &n, error);
+    return status == QLLM_OK ? create(n, out, error) : status;
+}
+
+qllm_status qllm_threads_create_in(const qllm_team *team, int n, qllm_threads **out,
+                                   qllm_error *error)
+{
+    qllm_status status = create(n, out, error);
+    if (status == QLLM_OK)
+        (*out)->team = *team;
+    return status;
+}
+
 int qllm_threads_count(const qllm_threads *threads)
 {
     return threads->count;
+}
+
+const qllm_team *qllm_threads_team(const qllm_threads *threads)
+{
+    return threads->team.parallel != NULL ? &threads->team : NULL;
 }
 
 static inline void pause_briefly(void)
@@ -492,6 +511,33 @@ static bool take_turn(qllm_threads *pool, int jobs)
     return true;
 }
 
+static void prepare_parts(qllm_threads *pool, const job *job, int parts)
+{
+    pool->job = *job;
+    pool->job.parts = parts;
+    for (int i = 0; i < parts; i++)
+        atomic_store_explicit(&pool->workers[i].next, 0, memory_order_relaxed);
+}
+
+static void work_in_team(void *data)
+{
+    qllm_threads *pool = data;
+    int thread = pool->team.thread_num();
+    if (thread < pool->job.parts)
+        run_parts(pool, thread);
+}
+
+static void run_job_in_team(qllm_threads *pool, const job *job)
+{
+    int threads = pool->team.max_threads();
+    if (threads <= 1 || atomic_load(&pool->process) != atomic_load(&forks)) {
+        job->work(job->context, 0, job->n, 0);
+        return;
+    }
+    prepare_parts(pool, job, threads < pool->count ? threads : pool->count);
+    pool->team.parallel(work_in_team, pool, (unsigned)threads, 0);
+}
+
 static void run_job(qllm_threads *pool, const job *job, int jobs)
 {
     if (!pool->tried)
@@ -502,10 +548,7 @@ static void run_job(qllm_threads *pool, const job *job, int jobs)
         job->work(job->context, 0, job->n, 0);
         return;
     }
-    pool->job = *job;
-    pool->job.parts = width;
-    for (int i = 0; i < width; i++)
-        atomic_store_explicit(&pool->workers[i].next, 0, memory_order_relaxed);
+    prepare_parts(pool, job, width);
     start_generation(pool, width, JOB_OPEN);
     run_parts(pool, 0);
     close_job(pool);
@@ -518,10 +561,14 @@ void qllm_threads_run(qllm_threads *threads, int64_t n,
     const job job = {n, work, context, 1};
     if (n <= 0)
         return;
-    notice_fork(threads);
+    if (qllm_threads_team(threads) == NULL)
+        notice_fork(threads);
     int jobs = atomic_fetch_add(&jobs_running, 1) + 1;
     if (threads->count > 1 && n > 1 && take_turn(threads, jobs)) {
-        run_job(threads, &job, jobs);
+        if (qllm_threads_team(threads) != NULL)
+            run_job_in_team(threads, &job);
+        else
+            run_job(threads, &job, jobs);
         pthread_mutex_unlock(&threads->turn);
     } else {
         work(context, 0, n, 0);

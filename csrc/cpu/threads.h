@@ -22,6 +22,23 @@ int qllm_threads_default(void);
  * the default.  More than available is clamped. */
 qllm_status qllm_threads_create(int n, qllm_threads **out, qllm_error *error);
 
+/* The threads of another library in this process, by functions of its OpenMP. */
+typedef struct qllm_team {
+    /* GOMP_parallel of GNU's OpenMP: calls body(data) in each of `threads` threads, the caller one
+     * of them, and returns when all have; flags 0 */
+    void (*parallel)(void (*body)(void *data), void *data, unsigned threads, unsigned flags);
+    int (*max_threads)(void); /* omp_get_max_threads: how many that library would take now */
+    int (*thread_num)(void);  /* omp_get_thread_num: within body, from 0 */
+} qllm_team;
+
+/* A pool of n >= 1 threads that has none of its own: its jobs run in those of the team, which are
+ * all called each time, as the other library calls them, since a team of another size would be made
+ * anew.  Two pools of which each spins for its next job hold each other up, where the jobs of two
+ * libraries alternate.  In a child of fork, where the team is gone, the caller works alone. */
+qllm_status qllm_threads_create_in(const qllm_team *team, int n, qllm_threads **out,
+                                   qllm_error *error);
+const qllm_team *qllm_threads_team(const qllm_threads *threads); /* NULL: it has its own */
+
 /* The number of threads that qllm_threads_create(n) would have. */
 qllm_status qllm_threads_resolve(int n, int *count, qllm_error *error);
 

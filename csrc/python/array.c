@@ -4,6 +4,7 @@
 
 #include <numpy/arrayobject.h>
 
+#include "core/alloc.h"
 #include "python/dlpack.h"
 
 int qllm_array_setup(void)
@@ -320,6 +321,25 @@ PyObject *qllm_array_view(PyObject *owner, qllm_array_kind kind, int ndim, const
         Py_DECREF(array);
         return NULL;
     }
+    return array;
+}
+
+static void free_memory(PyObject *capsule)
+{
+    qllm_free(PyCapsule_GetPointer(capsule, NULL));
+}
+
+PyObject *qllm_array_owned(qllm_array_kind kind, int ndim, const int64_t *shape, void *memory)
+{
+    PyObject *owner = PyCapsule_New(memory, NULL, free_memory);
+    if (owner == NULL) {
+        qllm_free(memory);
+        return NULL;
+    }
+    PyObject *array = qllm_array_view(owner, kind, ndim, shape, memory);
+    Py_DECREF(owner);
+    if (array != NULL)
+        PyArray_ENABLEFLAGS((PyArrayObject *)array, NPY_ARRAY_WRITEABLE);
     return array;
 }
 

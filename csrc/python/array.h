@@ -41,6 +41,10 @@ PyObject *qllm_array_new(qllm_array_kind kind, int ndim, const int64_t *shape, v
 PyObject *qllm_array_view(PyObject *owner, qllm_array_kind kind, int ndim, const int64_t *shape,
                           void *data);
 
+/* A writable array over memory of core/alloc.h, which it takes over; also on failure, then NULL
+ * with an exception. */
+PyObject *qllm_array_owned(qllm_array_kind kind, int ndim, const int64_t *shape, void *memory);
+
 void *qllm_array_data(PyObject *array);
 int qllm_array_ndim(PyObject *array);
 int64_t qllm_array_dim(PyObject *array, int axis);

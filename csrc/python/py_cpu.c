@@ -37,24 +37,31 @@ struct qllm_pools {
     struct qllm_pools *next;
 };
 
-qllm_threads *qllm_shared_threads(qllm_state *state, int n)
+static bool same_team(const qllm_team *a, const qllm_team *b)
+{
+    if (a == NULL || b == NULL)
+        return a == b;
+    return a->parallel == b->parallel && a->max_threads == b->max_threads &&
+           a->thread_num == b->thread_num;
+}
+
+/* The pool of `count` threads of a team, or of its own where that is NULL. */
+static qllm_threads *pool_of(qllm_state *state, const qllm_team *team, int count)
 {
     qllm_error error;
     void *memory;
-    int count;
-    if (qllm_threads_resolve(n, &count, &error) != QLLM_OK) {
-        qllm_raise(state, &error);
-        return NULL;
-    }
     for (struct qllm_pools *pool = state->pools; pool != NULL; pool = pool->next)
-        if (qllm_threads_count(pool->threads) == count)
+        if (qllm_threads_count(pool->threads) == count &&
+            same_team(qllm_threads_team(pool->threads), team))
             return pool->threads;
     if (qllm_alloc(&memory, 1, sizeof(struct qllm_pools), "a thread pool", &error) != QLLM_OK) {
         qllm_raise(state, &error);
         return NULL;
     }
     struct qllm_pools *pool = memory;
-    if (qllm_threads_create(count, &pool->threads, &error) != QLLM_OK) {
+    qllm_status status = team != NULL ? qllm_threads_create_in(team, count, &pool->threads, &error)
+                                      : qllm_threads_create(count, &pool->threads, &error);
+    if (status != QLLM_OK) {
         qllm_free(pool);
         qllm_raise(state, &error);
         return NULL;
@@ -62,6 +69,31 @@ qllm_threads *qllm_shared_threads(qllm_state *state, int n)
     pool->next = state->pools;
     state->pools = pool;
     return pool->threads;
+}
+
+qllm_threads *qllm_shared_threads(qllm_state *state, int n)
+{
+    qllm_error error;
+    int count;
+    if (qllm_threads_resolve(n, &count, &error) == QLLM_OK)
+        return pool_of(state, NULL, count);
+    qllm_raise(state, &error);
+    return NULL;
+}
+
+qllm_threads *qllm_team_threads(qllm_state *state)
+{
+    qllm_error error;
+    int count;
+    if (state->team.parallel == NULL)
+        return qllm_shared_threads(state, 0);
+    int most = state->team.max_threads();
+    if (getenv("QLLM_THREADS") == NULL)
+        return pool_of(state, &state->team, most);
+    if (qllm_threads_resolve(0, &count, &error) == QLLM_OK)
+        return pool_of(state, &state->team, count < most ? count : most);
+    qllm_raise(state, &error);
+    return NULL;
 }
 
 void qllm_free_pools(qllm_state *state)
@@ -331,9 +363,31 @@ static PyObject *py_linear_name(PyObject *module, PyObject *args, PyObject *kwar
     return PyUnicode_FromString(ops->linear_name(packed, tier, m));
 }
 
+static PyObject *py_use_team(PyObject *module, PyObject *args)
+{
+    qllm_state *state = qllm_state_of(module);
+    void *addresses[3];
+    PyObject *objects[3];
+    if (!PyArg_ParseTuple(args, "OOO:use_team", &objects[0], &objects[1], &objects[2]))
+        return NULL;
+    for (int i = 0; i < 3; i++)
+        addresses[i] = PyLong_AsVoidPtr(objects[i]);
+    if (PyErr_Occurred())
+        return NULL;
+    memcpy(&state->team.parallel, &addresses[0], sizeof(void *));
+    memcpy(&state->team.max_threads, &addresses[1], sizeof(void *));
+    memcpy(&state->team.thread_num, &addresses[2], sizeof(void *));
+    Py_RETURN_NONE;
+}
+
 #define KEYWORDS METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef functions[] = {
+    {"use_team", py_use_team, METH_VARARGS,
+     "use_team($module, parallel, max_threads, thread_num, /)\n--\n\n"
+     "Products by address run in the threads of another library from now on: addresses of\n"
+     "GOMP_parallel, omp_get_max_threads and omp_get_thread_num as it calls them; 0, 0, 0: in\n"
+     "threads of qllm's own."},
     {"cpu_info", py_cpu_info, METH_NOARGS,
      "cpu_info($module, /)\n--\n\n"
      "model: the processor's name; features: those that the kernels ask about; isas: instruction\n"
@@ -361,6 +415,7 @@ static PyMethodDef functions[] = {
 int qllm_setup_cpu(PyObject *module)
 {
     if (PyModule_AddFunctions(module, functions) < 0 || qllm_setup_encode(module) < 0 ||
+        qllm_setup_image(module) < 0 ||
         qllm_setup_limits(module) < 0 || qllm_setup_threads_test(module) < 0)
         return -1;
     return qllm_setup_ops_test(module);

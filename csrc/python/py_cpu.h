@@ -20,6 +20,10 @@ const qllm_logit_ops *qllm_choose_logit_ops(const qllm_state *state, const char 
  * it lives as long as the module.  NULL with an exception.  The GIL is held. */
 qllm_threads *qllm_shared_threads(qllm_state *state, int n);
 
+/* The same for work on tensors of another library: in its team where one was given to
+ * _core.use_team, with as many threads as it would take, but no more than QLLM_THREADS. */
+qllm_threads *qllm_team_threads(qllm_state *state);
+
 /* A number of threads from an argument; None is 0, which stands for QLLM_THREADS or one per core.
  * 0, or -1 with an exception. */
 int qllm_parse_threads(const qllm_state *state, PyObject *object, int *threads);
@@ -27,8 +31,10 @@ int qllm_parse_threads(const qllm_state *state, PyObject *object, int *threads);
 /* QuantizedTensor.matmul: arguments as in _core.linear without the weight. */
 PyObject *qllm_quantized_tensor_matmul(PyObject *self, PyObject *args, PyObject *kwargs);
 
-/* Add the functions of py_encode.c, py_ops_test.c and py_threads_test.c: part of qllm_setup_cpu. */
+/* Add the functions of py_encode.c, py_image.c, py_ops_test.c and py_threads_test.c: part of
+ * qllm_setup_cpu. */
 int qllm_setup_encode(PyObject *module);
+int qllm_setup_image(PyObject *module);
 int qllm_setup_ops_test(PyObject *module);
 int qllm_setup_threads_test(PyObject *module);
 

@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include "core/status.h"
+#include "cpu/threads.h"
 
 typedef struct qllm_state {
     PyObject *value_error;       /* qllm.errors.QllmValueError */
@@ -17,6 +18,7 @@ typedef struct qllm_state {
     PyTypeObject *decoder_type;
     PyTypeObject *sequence_type;
     struct qllm_pools *pools; /* thread pools, py_cpu.c */
+    qllm_team team;           /* where products of other libraries' tensors run, if it is set */
 } qllm_state;
 
 extern PyModuleDef qllm_core_module;
