@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from .checkpoint import Checkpoint
 from .errors import QllmFileError, QllmUnsupportedError, QllmValueError
 from .quantize import BLOCKSIZES, NESTED_BLOCKSIZE
 from .safetensors import TensorEntry
@@ -76,7 +75,15 @@ class BnbTensor:
     dtype_name: str | None = None
 
 
-def read_weight(checkpoint: Checkpoint, prefix: str) -> BnbTensor | None:
+class Tensors(Protocol):
+    """Tensors by name: a `Checkpoint`, or what offers the same of another source."""
+
+    def names(self, prefix: str, /) -> list[str]: ...
+    def entry(self, name: str, /) -> TensorEntry: ...
+    def __contains__(self, name: str, /) -> bool: ...
+
+
+def read_weight(checkpoint: Tensors, prefix: str) -> BnbTensor | None:
     """The quantized weight of the layer at `prefix` ("model.layers.0.mlp.up_proj"), or None when
     the weight is not quantized.
 

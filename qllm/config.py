@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -83,12 +84,37 @@ class QuantConfig:
                 f"quantize_head is {quoted(self.quantize_head)}; True or False was expected"
             )
 
+    def require_matches(self, modules: Collection[str]) -> None:
+        """Raises `QllmValueError` for a pattern that matches none of the modules."""
+        for name, found in (("include", self.include), ("skip", self.skip)):
+            for pattern in found or ():
+                if not any(fnmatchcase(module, pattern) for module in modules):
+                    raise QllmValueError(
+                        f"the pattern {quoted(pattern)} in {name} matches no linear layer; there "
+                        f"are {quoted(', '.join(modules))}"
+                    )
+
+    def why_not(self, module: str, is_head: bool) -> str | None:
+        """Why the linear layer `module` is not selected; None where it is. `is_head`: it is the
+        output embedding."""
+        if self.include is not None and not any(fnmatchcase(module, p) for p in self.include):
+            return "not in include"
+        skip = next((p for p in self.skip or () if fnmatchcase(module, p)), None)
+        if skip is not None:
+            return f"skip has {skip!r}"
+        if is_head and not self.quantize_head:
+            return "output embedding; quantize_head=True includes it"
+        return None
+
     @classmethod
     def from_bnb(cls, config: Mapping[str, Any]) -> QuantConfig:
         """From the members of a `BitsAndBytesConfig` (its `to_dict()`).
 
         `llm_int8_skip_modules` replaces there the default skip of the output embedding, which here
         always holds; names in it stand for themselves and for everything below them.
+        `bnb_4bit_compute_dtype` needs no counterpart: sums are float32, and `compute` says how
+        activations are rounded. An option that would change something there and cannot here raises
+        `QllmUnsupportedError`.
         """
         if not isinstance(config, Mapping):
             raise QllmValueError(
@@ -103,6 +129,7 @@ class QuantConfig:
             raise QllmValueError(
                 f"load_in_4bit is {four} and load_in_8bit is {eight}; one of them must be set"
             )
+        _refuse_meaningless(config, eight)
         if eight:
             format = "int8"
         else:
@@ -184,6 +211,57 @@ class GenerationConfig:
                     + ", ".join(known)
                 )
         return replace(self, **changes)
+
+
+_BNB_DTYPES = ("float32", "bfloat16", "float16")
+_BNB_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "load_in_4bit": ((), ""),
+    "load_in_8bit": ((), ""),
+    "bnb_4bit_use_double_quant": ((), ""),
+    "bnb_4bit_quant_type": ((), ""),
+    "llm_int8_skip_modules": ((), ""),
+    "_load_in_4bit": ((), ""),
+    "_load_in_8bit": ((), ""),
+    "llm_int8_threshold": ((), ""),
+    "quant_method": (("bitsandbytes",), "the config of bitsandbytes was expected"),
+    "bnb_4bit_compute_dtype": (_BNB_DTYPES, "float32, bfloat16 or float16 was expected"),
+    "bnb_4bit_quant_storage": (
+        ("uint8",), "packed weights have no other dtype here: leave it out, or say uint8"
+    ),
+    "llm_int8_enable_fp32_cpu_offload": (
+        (False,), "no part of a model is offloaded to another device here: leave it out"
+    ),
+    "llm_int8_has_fp16_weight": (
+        (False,), "weights stay int8 here, there is no training of them: leave it out"
+    ),
+}
+"""Members of a `BitsAndBytesConfig`; for those that have no counterpart the values that change
+nothing, and what to do about others."""
+
+
+def _refuse_meaningless(config: Mapping[str, Any], eight: bool) -> None:
+    """Raises for options of bitsandbytes that cannot be honoured."""
+    for name, value in config.items():
+        if name not in _BNB_OPTIONS:
+            raise QllmUnsupportedError(
+                f"the config has the option {quoted(name)}, which is not known; known are "
+                + ", ".join(key for key in _BNB_OPTIONS if not key.startswith("_"))
+            )
+        allowed, advice = _BNB_OPTIONS[name]
+        if allowed and value is not None and not any(value == one for one in allowed):
+            raise QllmUnsupportedError(f"{name} is {quoted(value)}; {advice}")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if config.get("_" + name) not in (None, _flag(config, name)):
+            raise QllmValueError(
+                f"{name} is {quoted(config.get(name))} and _{name} is "
+                f"{quoted(config['_' + name])}; they must be equal"
+            )
+    threshold = config.get("llm_int8_threshold", 6.0)
+    if eight and threshold != 6.0:
+        raise QllmUnsupportedError(
+            f"llm_int8_threshold is {quoted(threshold)}; it belongs to the model here: give "
+            "int8_threshold to Model.from_pretrained, and leave it out of the config"
+        )
 
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:

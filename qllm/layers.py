@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -267,31 +266,17 @@ class Layers:
     def _select(self, config: QuantConfig) -> tuple[list[str], dict[str, str]]:
         """The modules that `config` selects, and for each other one why it does not."""
         head = self._architecture.head.module
-        for name, found in (("include", config.include), ("skip", config.skip)):
-            for pattern in found or ():
-                if not any(fnmatchcase(module, pattern) for module in self._modules):
-                    raise QllmValueError(
-                        f"the pattern {quoted(pattern)} in {name} matches no linear layer; there "
-                        f"are {quoted(', '.join(self._modules))}"
-                    )
+        config.require_matches(self._modules)
         selected, reasons = [], {}
         for module in self._modules:
-            skip = next((p for p in config.skip or () if fnmatchcase(module, p)), None)
-            if config.include is not None and not any(
-                fnmatchcase(module, pattern) for pattern in config.include
-            ):
-                reasons[module] = "not in include"
-            elif skip is not None:
-                reasons[module] = f"skip has {skip!r}"
-            elif module == head and not config.quantize_head and not self._restores_head(config):
-                reasons[module] = "output embedding; quantize_head=True includes it"
-            else:
+            is_head = module == head and not self._restores_head(config)
+            reason = config.why_not(module, is_head)
+            if reason is None:
                 selected.append(module)
+            else:
+                reasons[module] = reason
         if not selected:
-            raise QllmValueError(
-                "no linear layer is selected: "
-                + "; ".join(f"{module}: {why}" for module, why in list(reasons.items())[-3:])
-            )
+            raise none_selected(reasons)
         self._refuse_stored(selected, config)
         return selected, reasons
 
@@ -323,6 +308,14 @@ class Layers:
                 )
 
 
+def none_selected(reasons: Mapping[str, str]) -> QllmValueError:
+    """The error of a call that would change nothing, with the reasons by module."""
+    last = list(reasons.items())[-3:]
+    return QllmValueError(
+        "no linear layer is selected: " + "; ".join(f"{module}: {why}" for module, why in last)
+    )
+
+
 def is_4bit(format: str) -> bool:
     return format.startswith(("nf4", "fp4"))
 
@@ -344,7 +337,8 @@ def load_entry(
     """Puts an unquantized tensor of the folder into a linear slot, quantized on the way; returns
     the bytes that `format` takes for it."""
     array, dtype = entry.numpy(), dtype_of(entry)
-    return decoder.load_linear(slot, array, format, blocksize, bias, name=name, dtype=dtype)
+    size: int = decoder.load_linear(slot, array, format, blocksize, bias, name=name, dtype=dtype)
+    return size
 
 
 def to_float32(entry: TensorEntry) -> np.ndarray:

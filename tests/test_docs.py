@@ -24,7 +24,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 RUN = [page for page in PAGES if blocks(page, "python")]
-NEEDS = {"lm-eval": "lm_eval", "from-bitsandbytes": "safetensors", "study": "pandas"}
+NEEDS = {"torch": "torch", "lm-eval": "lm_eval", "from-bitsandbytes": "safetensors",
+         "study": "pandas"}
 
 
 def test_there_is_python_to_run() -> None:

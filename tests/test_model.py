@@ -241,31 +241,6 @@ def test_options_stand_in_one_place(folder: Path) -> None:
         load(folder, qllm.QuantConfig("nf4"), skip="*.up_proj")
 
 
-def test_a_config_of_bitsandbytes_is_understood() -> None:
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    assert qllm.QuantConfig.from_bnb(four).format == "nf4-dq"
-    assert qllm.QuantConfig.from_bnb({"load_in_4bit": True}).format == "fp4"
-    eight = qllm.QuantConfig.from_bnb({"load_in_8bit": True, "llm_int8_skip_modules": ["q_proj"]})
-    assert eight.format == "int8" and eight.skip == ("*q_proj", "*q_proj.*")
-    with pytest.raises(qllm.QllmValueError, match="load_in_4bit is False"):
-        qllm.QuantConfig.from_bnb({})
-
-
-@pytest.mark.parametrize(("config", "words"), [
-    (None, "the config is a NoneType; the dict that to_dict"),
-    ({}, "load_in_4bit is False and load_in_8bit is False"),
-    ({"load_in_4bit": "no"}, "load_in_4bit is 'no'; True or False"),
-    ({"load_in_4bit": True, "bnb_4bit_use_double_quant": 1}, "double_quant is '1'; True or False"),
-    ({"load_in_4bit": True, "bnb_4bit_quant_type": [4]}, "no format"),
-    ({"load_in_8bit": True, "llm_int8_skip_modules": "lm_head"}, "'lm_head'; a list of names"),
-    ({"load_in_8bit": True, "llm_int8_skip_modules": [3]}, "a list of names"),
-])
-def test_a_config_of_bitsandbytes_is_not_guessed_at(config: Any, words: str) -> None:
-    """A name that was no list skipped layers by its letters."""
-    with pytest.raises(qllm.QllmValueError, match=words):
-        qllm.QuantConfig.from_bnb(config)
-
-
 # ------------------------------------------------------------------------------------- the report
 
 
