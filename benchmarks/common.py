@@ -11,6 +11,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import time
@@ -25,6 +26,8 @@ from qllm import _core
 PACKAGES = ("qllm", "numpy", "torch", "transformers", "bitsandbytes", "onnxruntime",
             "llama-cpp-python", "gguf")
 
+
+os.environ.setdefault("QLLM_BNB_BACKEND", "0")  # bitsandbytes computes as it does without qllm
 
 PAUSE = 0.02  # seconds, in which the waiting threads of the candidate before go to sleep
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import transformers
 from ..errors import QllmFileError, QllmValueError
 from ..strict_json import quoted
 from .prefix import PrefixReader
+
+# An arm from elsewhere computes with its own kernels, not with qllm's under its operators.
+os.environ.setdefault("QLLM_BNB_BACKEND", "0")
 
 REFUSED = ("trust_remote_code", "use_safetensors", "weights_only", "state_dict", "config")
 """Options that are not passed on: code of a model folder is never run, and nothing is unpickled."""
