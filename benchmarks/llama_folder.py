@@ -17,6 +17,8 @@ import numpy as np
 SHAPES: dict[str, dict[str, int]] = {
     "1.1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "intermediate": 5632,
              "vocab": 32000},
+    "small": {"hidden": 1024, "layers": 8, "heads": 16, "kv_heads": 4, "intermediate": 2816,
+              "vocab": 8192},
     "tiny": {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 512,
              "vocab": 512},
 }
