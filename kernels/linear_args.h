@@ -37,8 +37,8 @@ typedef struct linear_panel {
 
 enum { LINEAR_SPAN = 256 };
 
-/* Rows of x that a launch takes at most, and a multiple of which a panel in device memory has: those
- * behind the end are zeros. */
+/* Rows of x that a launch of skinny.cu takes at most; a panel in device memory has a multiple of
+ * it: rows behind the end are zeros. */
 enum { LINEAR_ROWS = 32 };
 
 typedef struct linear_row {

@@ -1,5 +1,5 @@
-/* Tiles as operands: what the kernels of few rows (skinny.cu) and of many (prefill.cu) share, so that
- * both add the same numbers in the same order.
+/* Tiles as operands: what the kernels of few rows (skinny.cu) and of many (prefill.cu) share, so
+ * that both add the same numbers in the same order.
  *
  * 4-bit codes become operands through a table in shared memory: byte -> the two bf16 values of its
  * codes, once for each lane, so that no two lanes ever meet in a bank.  An entry starts at
@@ -174,7 +174,8 @@ GPU_UNROLL
 }
 
 /* acc += scale * (A B) for a tile of 4-bit codes, looked up, and 8 rows. */
-GPU_DEVICE inline void multiply_codes(const uint32_t *a, float2 scale, const uint32_t *b, float *acc)
+GPU_DEVICE inline void multiply_codes(const uint32_t *a, float2 scale, const uint32_t *b,
+                                      float *acc)
 {
     float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 GPU_UNROLL

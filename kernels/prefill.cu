@@ -1,9 +1,9 @@
 /* Linear layers of many rows on the tensor cores, with the sums of skinny.h, so that a row gets the
  * same bits as among few.
  *
- * A block takes 48 or 64 rows of x and, for each of its eight warps, one or two rows of tiles (a unit): all
+ * A block takes 48 or 64 rows of x and, for each of its eight warps, one or two rows of tiles: all
  * warps walk along the columns together, while the rows of x come into shared memory some tiles
- * ahead.  A warp keeps the sum of the slice it is in, and that of the slices before. */
+ * ahead.  A warp keeps the sums of the slice it is in, and those of the slices before. */
 #include "linear_launch.h"
 #include "linear_tiles.h"
 
@@ -25,8 +25,8 @@ GPU_BOTH inline constexpr int rows_of_block(int form)
     return eights(form) * 8;
 }
 
-/* Bytes from one row of x in shared memory to the next: the eight rows that a warp reads at once lie
- * in different banks. */
+/* Bytes from one row of x in shared memory to the next: the eight rows that a warp reads at once
+ * lie in different banks. */
 GPU_BOTH inline constexpr int row_bytes(int form)
 {
     return columns_bytes(form) + (form == LINEAR_INT8 ? 0 : 16);
@@ -55,9 +55,9 @@ struct prefill_layout {
 template <int FORM>
 GPU_DEVICE inline void fetch_rows(const linear_args &a, char *stages, const char *panel, int k)
 {
-    enum { PIECES = columns_bytes(FORM) / 16 };
+    enum { PIECES = columns_bytes(FORM) / 16, ALL = rows_of_block(FORM) * PIECES };
     char *stage = stages + k % STAGES * rows_of_block(FORM) * row_bytes(FORM);
-    for (int i = threadIdx.x; k < a.across && i < rows_of_block(FORM) * PIECES; i += LINEAR_THREADS) {
+    for (int i = threadIdx.x; k < a.across && i < ALL; i += LINEAR_THREADS) {
         int row = a.first + (int)blockIdx.y * rows_of_block(FORM) + i / PIECES;
         row = row < a.panel.rows ? row : a.panel.rows - 1;
         gpu_copy_async16(stage + i / PIECES * row_bytes(FORM) + i % PIECES * 16,
@@ -140,7 +140,8 @@ GPU_KERNEL void GPU_KERNEL_BOUNDS(LINEAR_THREADS, 1) prefill(const linear_args a
     store_sums<FORM, RT, eights(FORM)>(own, 0, sums.total);
     gpu_sync_warp(GPU_FULL_WARP);
     if (is_there)
-        finish_outputs<FORM, RT, eights(FORM), 1>(a, own, panel, unit, a.units, threadIdx.x % LANES, LANES);
+        finish_outputs<FORM, RT, eights(FORM), 1>(a, own, panel, unit, a.units,
+                                                  threadIdx.x % LANES, LANES);
 }
 
 template <int FORM, int RT>

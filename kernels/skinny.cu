@@ -96,8 +96,8 @@ skinny(const linear_args a)
             multiply<FORM, RT, UK, NT>(even, here, shared, nested, x + k * WIDTH, x_step, k, end,
                                        acc);
             ask<FORM, RT, UK>(a, here, k + 2 * UK, end, &even);
-            multiply<FORM, RT, UK, NT>(odd, here, shared, nested, x + (k + UK) * WIDTH, x_step, k + UK,
-                                       end, acc);
+            multiply<FORM, RT, UK, NT>(odd, here, shared, nested, x + (k + UK) * WIDTH, x_step,
+                                       k + UK, end, acc);
         }
         int done = unit;
         unit += step;
