@@ -172,7 +172,7 @@ qllm_status take(gpu_device *device, gpu_weight *w, void **out, int64_t bytes, i
 
 bool gpu_weight_tiles(qllm_format format, int64_t rows, int64_t cols, int64_t blocksize)
 {
-    if (rows < 1 || cols < 1 || rows > INT32_MAX - GPU_TILE_ROWS || cols > INT32_MAX / 4)
+    if (rows < 1 || cols < 1 || rows > GPU_TILED_MOST_ROWS || cols > GPU_TILED_MOST_COLS)
         return false;
     if (qllm_format_is_4bit(format))
         return blocksize % GPU_TILE_COLS == 0 && cols % blocksize == 0;

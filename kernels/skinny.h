@@ -32,7 +32,7 @@ typedef struct gpu_linear_input {
     const float *bias;     /* (cols), of the layer norm, or NULL */
     float eps;
     float threshold;       /* int8 weights: outliers of LLM.int8(); <= 0: none */
-    void *scratch;         /* gpu_linear_scratch(rows, cols) bytes, used by what is launched */
+    void *scratch;         /* gpu_linear_scratch(rows, cols) bytes, aligned to 16 */
 } gpu_linear_input;
 
 /* GPU_AFTER_HEADS: the weights are q, k, v, or one fused matrix whose rows are, per key-value head,

@@ -27,7 +27,10 @@ typedef struct gpu_weight {
     int64_t bytes;         /* of all of it but the bias */
 } gpu_weight;
 
-/* Whether tiles can hold it: bf16, int8 of at most QLLM_INT8_MAX_COLS columns, and 4-bit formats
+/* What kernels over tiles can count to. */
+enum { GPU_TILED_MOST_ROWS = 1 << 30, GPU_TILED_MOST_COLS = 1 << 20 };
+
+/* Whether tiles can hold it, up to those sizes: bf16, int8 of at most QLLM_INT8_MAX_COLS columns, and 4-bit formats
  * whose blocksize is a multiple of 64 and divides the columns. */
 bool gpu_weight_tiles(qllm_format format, int64_t rows, int64_t cols, int64_t blocksize);
 

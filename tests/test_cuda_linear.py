@@ -145,6 +145,8 @@ def test_what_tiles_can_hold(gpu: Library) -> None:
     assert tiles(3, 5, 128, 64) and tiles(5, 5, 128, 128)
     assert not tiles(3, 5, 96, 64) and not tiles(3, 5, 128, 32) and not tiles(3, 5, 192, 128)
     assert tiles(2, 5, 7, 0) and tiles(7, 5, 7, 0) and not tiles(7, 5, 133_144, 0)
+    assert tiles(2, 2**30, 2**20, 0) and not tiles(2, 2**30 + 1, 64, 0)
+    assert not tiles(2, 16, 2**20 + 1, 0)
     assert not tiles(0, 64, 64, 0) and not tiles(1, 64, 64, 0) and not tiles(2, 0, 64, 0)
 
 
@@ -213,6 +215,24 @@ def test_values_of_any_alignment_and_many_slabs(gpu: Library) -> None:
         expected = qllm.quantize(aligned, name, dtype="bfloat16")
         weight = gpu.load_weight(values, "bfloat16", name)
         assert_same_parts(gpu.get_weight(weight), standard_parts(expected))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4-dq"])
+def test_a_last_short_block_divides_like_core(gpu: Library, name: str) -> None:
+    """Values for which dividing by the absmax and multiplying by 1 / absmax give other codes."""
+    values = np.sort(_core.codebook("fp4" if name.startswith("fp4") else "nf4"))
+    thresholds = (f32(0.5) * (values[:-1] + values[1:]))[:, None]
+    absmax = f32(np.random.default_rng(0).uniform(0.5, 2, 20_000))
+    found = 0
+    for step in (-1, 0, 1):
+        x = f32(thresholds * absmax)
+        x = (x.view(np.int32) + np.int32(step)).view(np.float32)
+        differs = (x / absmax > thresholds) != (x * (f32(1) / absmax) > thresholds)
+        for i, j in np.argwhere(differs)[:4]:
+            row = f32([[*([0.25] * 64), absmax[j], x[i, j]]])
+            assert_loads_like_core(gpu, row, "float32", name, 64, False)
+            found += 1
+    assert found > 3
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -293,7 +313,7 @@ def test_int8_has_the_bits_of_core(gpu: Library, shape: tuple[int, int], thresho
     weight = gpu.set_weight(q, bias=random((shape[0],), 3))
     for m in (1, 8, 21):
         x = random((m, shape[1]), m) * f32(2.5)
-        x[0, 0] = 40.0
+        x[0, 0], x[0, 1] = 40.0, threshold
         x[m // 2] *= f32(1e-3)
         expected = q.matmul_reference(x, random((shape[0],), 3), threshold)
         np.testing.assert_array_equal(gpu.linear([weight], x, threshold=threshold)[0], expected)
