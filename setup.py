@@ -72,6 +72,17 @@ def flags_by_suffix(compiler: list[str]) -> dict[str, list[str]]:
     return {"x86_64": X86, "aarch64": ARM64, "arm64": ARM64}.get(machine, {})
 
 
+def own_flags(file: str, sets: dict[str, list[str]]) -> list[str]:
+    """What a file is compiled with besides the common flags."""
+    return [flag for suffix, flags in sets.items() if file.endswith(suffix) for flag in flags]
+
+
+def of_this_machine(files: list[str], sets: dict[str, list[str]]) -> list[str]:
+    """Without the files for instruction sets of other machines."""
+    foreign = tuple(suffix for suffix in {**X86, **ARM64} if suffix not in sets)
+    return [file for file in files if not file.endswith(foreign)]
+
+
 def is_set(name: str) -> bool:
     return os.environ.get(name) == "1"
 
@@ -165,16 +176,13 @@ class BuildExt(build_ext):
     def build_extensions(self) -> None:
         compile_one, link = self.compiler._compile, self.compiler.link_shared_object
         sets = flags_by_suffix(self.compiler.compiler_so)
-        foreign = tuple(suffix for suffix in {**X86, **ARM64} if suffix not in sets)
         for ext in self.extensions:
-            ext.sources = [file for file in ext.sources if not file.endswith(foreign)]
+            ext.sources = of_this_machine(ext.sources, sets)
         pool, running = ThreadPoolExecutor(os.cpu_count()), []
 
         def start(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            extra = [flag for suffix, flags in sets.items() if src.endswith(suffix)
-                     for flag in flags]
             running.append(pool.submit(compile_one, obj, src, ext, cc_args,
-                                       list(extra_postargs) + extra, pp_opts))
+                                       [*extra_postargs, *own_flags(src, sets)], pp_opts))
 
         def link_when_compiled(*args, **kwargs):
             for compilation in running:
@@ -202,17 +210,15 @@ class StaticLibrary(Command):
         compiler = new_compiler()
         customize_compiler(compiler)
         sets = flags_by_suffix(compiler.compiler_so)
-        foreign = tuple(suffix for suffix in {**X86, **ARM64} if suffix not in sets)
         header = HERE / "qllm" / "include" / "qllm.h"
 
         def compiled(file: str) -> str:
-            extra = [flag for suffix, flags in sets.items() if file.endswith(suffix)
-                     for flag in flags]
+            flags = [*compile_flags(), *own_flags(file, sets)]
             return compiler.compile([file], output_dir=f"{self.folder}/objects",
                                     include_dirs=["csrc", str(header.parent)],
-                                    extra_postargs=[*compile_flags(), *extra])[0]
+                                    extra_postargs=flags)[0]
 
-        files = [file for file in sources(left_out="python") if not file.endswith(foreign)]
+        files = of_this_machine(sources(left_out="python"), sets)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compiled, files))
         compiler.create_static_lib(objects, "qllm", output_dir=self.folder)
@@ -221,7 +227,7 @@ class StaticLibrary(Command):
 
 
 def compile_flags() -> list[str]:
-    return [*COMMON, "-Werror"] if os.environ.get("QLLM_WERROR") == "1" else list(COMMON)
+    return [*COMMON, "-Werror"] if is_set("QLLM_WERROR") else list(COMMON)
 
 
 def extension() -> Extension:

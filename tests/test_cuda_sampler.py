@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_rows import F32, KINDS, rows_of
 
 from qllm import _core
 from qllm.sampling import round_logits
 
-F32 = np.float32
 STATS = ("kl", "kl_reverse", "tv", "disagreement", "entropy_ref", "entropy_test", "max_ref",
          "delta_p", "cross", "log_z_ref")
 SIZES = [1, 63, 64, 65, 1000, 4099]
@@ -100,24 +100,6 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("QLLM_EMULATE_ORDER", request.param)
 
 
-def rows_of(kind: str, n: int, vocab: int) -> np.ndarray:
-    """(n, vocab) logits of one kind; each row has one that is finite."""
-    rng = np.random.default_rng([len(kind), n, vocab])
-    rows = rng.normal(0, 3, (n, vocab)).astype(F32)
-    if kind == "ties":
-        rows = np.round(rows / 2).astype(F32) * F32(0.5)
-        rows[rng.random(rows.shape) < 0.3] *= F32(-0.0)
-    elif kind == "excluded":
-        rows[rng.random(rows.shape) < 0.6] = -np.inf
-        rows[:, rng.integers(vocab)] = 1.5
-    elif kind == "wide":
-        rows = (rows * 10 ** rng.uniform(-3, 37, rows.shape)).astype(F32)
-    elif kind == "equal":
-        rows[:] = F32(2.5)
-    return rows
-
-
-KINDS = ["normal", "ties", "excluded", "wide", "equal"]
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {},

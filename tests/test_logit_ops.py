@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_rows import F32, KINDS, rows_of
 
 import qllm
 from qllm import _core
 from qllm.errors import QllmValueError
 
 SETS = _core.cpu_info()["isas"]
-F32 = np.float32
 SIZES = [1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 300, 1000, 5003]
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -34,26 +34,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"min_p": 1.0},
     {"top_k": 40, "top_p": 0.95, "min_p": 0.02, "temperature": 1.2},
 ]
-
-
-def rows_of(kind: str, n: int, vocab: int) -> np.ndarray:
-    """(n, vocab) logits of one kind; each row has one that is finite."""
-    rng = np.random.default_rng([len(kind), n, vocab])
-    rows = rng.normal(0, 3, (n, vocab)).astype(F32)
-    if kind == "ties":
-        rows = np.round(rows / 2).astype(F32) * F32(0.5)
-        rows[rng.random(rows.shape) < 0.3] *= F32(-0.0)
-    elif kind == "excluded":
-        rows[rng.random(rows.shape) < 0.6] = -np.inf
-        rows[:, rng.integers(vocab)] = 1.5
-    elif kind == "wide":
-        rows = (rows * 10 ** rng.uniform(-3, 37, rows.shape)).astype(F32)
-    elif kind == "equal":
-        rows[:] = F32(2.5)
-    return rows
-
-
-KINDS = ["normal", "ties", "excluded", "wide", "equal"]
 
 
 def assert_same(a: Any, b: Any, what: str) -> None:

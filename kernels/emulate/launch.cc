@@ -91,8 +91,9 @@ qllm_gpu_error gpu_emulate_run(const gpu_emulated_kernel &kernel)
     int64_t blocks = static_cast<int64_t>(kernel.grid.x) * kernel.grid.y * kernel.grid.z;
     launch l = {kernel, blocks, {0}, {false}, {false}, ""};
     const char *set = getenv("QLLM_EMULATE_THREADS");
+    const int64_t threads = set != NULL ? strtol(set, NULL, 10) : 1;
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < (set != NULL ? atoi(set) : 1) && i < blocks; i++)
+    for (int64_t i = 1; i < threads && i < blocks; i++)
         others.emplace_back(run_blocks, &l);
     run_blocks(&l);
     for (std::thread &other : others)
