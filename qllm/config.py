@@ -63,8 +63,8 @@ class QuantConfig:
     """
 
     format: str
-    include: tuple[str, ...] | None = None
-    skip: tuple[str, ...] | None = None
+    include: Sequence[str] | None = None
+    skip: Sequence[str] | None = None
     blocksize: int = 64
     quantize_head: bool = False
 

@@ -349,7 +349,7 @@ class Model:
             streamer.end()
 
     def _requests(
-        self, prompt: Any, config: GenerationConfig | None, prompt_key: Any, overrides: dict
+        self, prompt: Any, config: GenerationConfig | None, prompt_key: Any, overrides: dict[str, Any]
     ) -> tuple[list[Request], bool]:
         """The requests of a call of generate, and whether it was one prompt."""
         base = GenerationConfig() if config is None else config
@@ -425,7 +425,7 @@ class Model:
         for item in sequences:
             rows += [self.decoder.sequence()] * len(item)
         tokens = np.array([token for item in sequences for token in item], np.int64)
-        logits = self.decoder.step(rows, tokens)
+        logits: np.ndarray = self.decoder.step(rows, tokens)
         if single:
             return logits
         ends = np.cumsum([len(item) for item in sequences])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import bnb
-from .config import QUANTIZED_FORMATS
+from .bnb import FORMATS as QUANTIZED_FORMATS
 from .errors import QllmFileError, QllmUnsupportedError, QllmValueError
 from .safetensors import TensorEntry
 from .strict_json import quoted

@@ -66,7 +66,10 @@ class Tokenizer:
                 f"skip_special_tokens is {quoted(skip_special_tokens)}; True or False was expected"
             )
         try:
-            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            text: str = self._tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens
+            )
+            return text
         except BaseException as error:
             raise _refusal(error, "the token ids cannot be decoded")
 

@@ -93,6 +93,14 @@ def test_the_stubs_name_what_the_core_offers() -> None:
     assert [name for name in offered if not getattr(_core, name).__doc__] == []
 
 
+def test_the_package_passes_mypy(tmp_path: Path) -> None:
+    """Strictly, as pyproject.toml says."""
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)], cwd=ROOT,
+        capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_the_stubs_have_the_signatures_of_the_core(tmp_path: Path) -> None:
     """mypy's stubtest, on the core alone."""
     config = tmp_path / "mypy.ini"

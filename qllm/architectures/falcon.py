@@ -143,7 +143,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return rounded.astype(np.uint32).view(np.float32)
 
 
-def _layer_linears(layer: int, config: dict, bias: bool) -> list[Linear]:
+def _layer_linears(layer: int, config: dict[str, Any], bias: bool) -> list[Linear]:
     hidden, intermediate = config["hidden"], config["intermediate"]
     rows = (config["heads"] + 2 * config["kv_heads"]) * config["head_dim"]
     module, slot = f"transformer.h.{layer}.", f"layers.{layer}."
@@ -155,7 +155,7 @@ def _layer_linears(layer: int, config: dict, bias: bool) -> list[Linear]:
     ]
 
 
-def _layer_vectors(layer: int, config: dict) -> list[Vector]:
+def _layer_vectors(layer: int, config: dict[str, Any]) -> list[Vector]:
     module, slot = f"transformer.h.{layer}.", f"layers.{layer}."
     names = {
         "serial": ("input_layernorm", "post_attention_layernorm"),

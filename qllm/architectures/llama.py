@@ -7,6 +7,7 @@ of the family's configuration class there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def _biases(fields: Fields, family: _Family) -> dict[str, bool]:
     }
 
 
-def _layer_linears(layer: int, config: dict, biases: dict[str, bool]) -> list[Linear]:
+def _layer_linears(layer: int, config: dict[str, Any], biases: dict[str, bool]) -> list[Linear]:
     hidden, intermediate = config["hidden"], config["intermediate"]
     queries = config["heads"] * config["head_dim"]
     keys = config["kv_heads"] * config["head_dim"]
@@ -131,7 +132,7 @@ def _layer_linears(layer: int, config: dict, biases: dict[str, bool]) -> list[Li
     ]
 
 
-def _layer_vectors(layer: int, config: dict) -> list[Vector]:
+def _layer_vectors(layer: int, config: dict[str, Any]) -> list[Vector]:
     module, slot = f"model.layers.{layer}.", f"layers.{layer}."
     vectors = norm(module + "input_layernorm", slot + "attention_norm", config["hidden"])
     vectors += norm(module + "post_attention_layernorm", slot + "mlp_norm", config["hidden"])
@@ -175,7 +176,8 @@ def _window(fields: Fields, default: int) -> int | None:
     if fields.members.get("sliding_window", default) is None:
         fields.raw("sliding_window")
         return None
-    return fields.integer("sliding_window", default=default, high=MAX_POSITIONS)
+    tokens: int = fields.integer("sliding_window", default=default, high=MAX_POSITIONS)
+    return tokens
 
 
 def _layer_types(fields: Fields, layers: int) -> list[bool] | None:

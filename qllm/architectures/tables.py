@@ -68,7 +68,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """The number of trained values; a tied output embedding counts once."""
-        total = self.decoder["vocab"] * self.decoder["hidden"]
+        total: int = self.decoder["vocab"] * self.decoder["hidden"]
         for linear in self.linears if self.tied else self.modules:
             rows, cols = linear.shape
             total += rows * cols + (rows if linear.bias else 0)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _be_robust()
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            setattr(warnings, "showwarning", _show_warning)
             return _run(words)
     except UsageError as error:
         return _say(f"error: {error}", 2)
@@ -82,7 +82,7 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"qllm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -38,6 +38,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.json or arguments.logprobs or arguments.samples > 1:
         seeds = range(config.seed, config.seed + arguments.samples)
         results = model.generate([prompt] * len(seeds), config=config, seed=list(seeds))
+        assert isinstance(results, list)
         _print_results(arguments, model, prompt, results)
         return
     pieces = model.stream(prompt, config=config)  # checks that the prompt can be continued

@@ -127,7 +127,8 @@ class Linear(nn.Linear):
         else:
             image = self._quantized_image(weight.cpu(), name).to(weight.device)
         self._set(image, bias_of(linear))
-        return self.train(linear.training)
+        self.train(linear.training)
+        return self
 
     @classmethod
     def from_quantized(
