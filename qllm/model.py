@@ -349,7 +349,8 @@ class Model:
             streamer.end()
 
     def _requests(
-        self, prompt: Any, config: GenerationConfig | None, prompt_key: Any, overrides: dict[str, Any]
+        self, prompt: Any, config: GenerationConfig | None, prompt_key: Any,
+        overrides: dict[str, Any]
     ) -> tuple[list[Request], bool]:
         """The requests of a call of generate, and whether it was one prompt."""
         base = GenerationConfig() if config is None else config
