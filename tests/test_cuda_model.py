@@ -107,6 +107,7 @@ def test_bench_times_the_device(
     monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("qllm.cli.grammar.DEVICES", ("cpu", "emulated"))
+    monkeypatch.setattr("qllm.cli.bench.DEVICE_READ_BYTES", 1 << 20)
     words = ["bench", "--shape", "tiny", "--formats", "nf4", "--rounds", "1", "--prompt-tokens",
              "3", "--new-tokens", "2", "--batch", "2", "--device", "emulated", "--compute", "exact"]
     assert main(words) == 0
