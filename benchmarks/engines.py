@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import ggml_layer
 import numpy as np
 
 import qllm
@@ -19,8 +20,8 @@ import qllm
 
 class Ours:
     """qllm's decoder, step by step and greedily, as `Model.generate` uses it, which would compute
-    sequences that draw the same tokens only once. `head` is a format for the output embedding, or None, which
-    leaves it in bfloat16."""
+    sequences that draw the same tokens only once. `head` is a format for the output embedding, or
+    None, which leaves it in bfloat16."""
 
     def __init__(self, folder: Path, format: str, head: str | None, compute: str,
                  threads: int) -> None:
@@ -66,6 +67,7 @@ class LlamaCpp:
         self.c = llama_cpp
         silence_llama_cpp()
         parameters = llama_cpp.llama_model_default_params()
+        parameters.use_extra_bufts = ggml_layer.amx_works()
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(file), parameters)
         if not self.model:
             raise SystemExit(f"llama.cpp could not load {file}")

@@ -8,6 +8,9 @@ processor where it supports the product, else in ordinary memory.
 from __future__ import annotations
 
 import ctypes
+import functools
+import subprocess
+import sys
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -101,8 +104,9 @@ class Layer:
     """
 
     def __init__(self, weight: np.ndarray, x: np.ndarray, kind: str, count: int,
-                 threads: int) -> None:
+                 threads: int, try_amx: bool = False) -> None:
         self.ggml = ggml = load()
+        self.try_amx = try_amx
         self.shape = (x.shape[0], weight.shape[0])
         self.backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self.backend, threads)
@@ -135,7 +139,7 @@ class Layer:
 
     def _buffer_type(self) -> int:
         """The first of the CPU's special buffer types that supports the product, as in llama.cpp;
-        else ordinary memory."""
+        else ordinary memory. That of AMX is left out where its kernels end the process."""
         ggml = self.ggml
         device = ggml.ggml_backend_get_device(self.backend)
         address = ggml.ggml_backend_reg_get_proc_address(
@@ -148,8 +152,9 @@ class Layer:
                 supported = ggml.ggml_backend_dev_supports_op(device, self.results[0])
                 ggml.ggml_backend_buffer_free(place[0])
                 place[0] = None
-                if supported:
-                    return kind
+                name = ggml.ggml_backend_buft_name(kind)
+                if supported and (name != b"AMX" or self.try_amx or amx_works()):
+                    return int(kind)
         return ggml.ggml_backend_cpu_buffer_type()
 
     def run(self) -> None:
@@ -164,9 +169,21 @@ class Layer:
         return out
 
 
+@functools.cache
+def amx_works() -> bool:
+    """Whether ggml's kernels for AMX, where it takes them, compute two rows: builds of 2026 end the process instead
+    (ggml-org/llama.cpp pull request 26954), so another one tries."""
+    tried = subprocess.run([sys.executable, __file__], capture_output=True, timeout=60)
+    return tried.returncode == 0
+
+
 def iter_until_null(pointers: Any) -> Any:
     """The pointers of an array that ends with NULL."""
     i = 0
     while pointers and pointers[i]:
         yield pointers[i]
         i += 1
+
+
+if __name__ == "__main__":  # see amx_works
+    Layer(np.ones((32, 256), np.float32), np.ones((2, 256), np.float32), "Q8_0", 1, 1, True).run()

@@ -50,6 +50,10 @@ class GgufLogits(PrefixReader):
         llama_cpp.llama_log_set(_SILENT, None)
         model_options = llama_cpp.llama_model_default_params()
         self._options = llama_cpp.llama_context_default_params()
+        # No weights repacked for the processor: llama.cpp's kernels for AMX, which it then takes,
+        # fault in its builds of 2026 (ggml-org/llama.cpp pull request 26954).
+        if hasattr(model_options, "use_extra_bufts"):
+            model_options.use_extra_bufts = False
         given = {**_DEFAULTS, **options}
         if threads is not None:
             given = {"n_threads": threads, "n_threads_batch": threads, **given}
