@@ -5,24 +5,27 @@
 
 namespace {
 
-enum { THREADS = 512, LOADS = 8, EDGES = 1000, TRIES = 5, PASSES = 4 };
+enum { THREADS = 512, LOADS = 8, EDGES = 200, TRIES = 5, PASSES = 4 };
 
 /* Reads n 16-byte words once; the exclusive or of what each thread has read goes out. */
 GPU_KERNEL void GPU_KERNEL_BOUNDS(THREADS, 2) read_all(const uint4 *from, int64_t n, unsigned *out)
 {
     int64_t threads = (int64_t)gridDim.x * blockDim.x;
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    int64_t i = first;
     unsigned all = 0;
-    for (int64_t i = first; i < n; i += threads * LOADS) {
+    for (; i + (LOADS - 1) * threads < n; i += LOADS * threads) {
         uint4 words[LOADS];
 GPU_UNROLL
-        for (int j = 0; j < LOADS; j++) {
-            int64_t at = i + j * threads;
-            words[j] = gpu_load_stream(from + (at < n ? at : first));
-        }
+        for (int j = 0; j < LOADS; j++)
+            words[j] = gpu_load_stream(from + i + j * threads);
 GPU_UNROLL
         for (int j = 0; j < LOADS; j++)
             all ^= words[j].x ^ words[j].y ^ words[j].z ^ words[j].w;
+    }
+    for (; i < n; i += threads) {
+        uint4 word = gpu_load_stream(from + i);
+        all ^= word.x ^ word.y ^ word.z ^ word.w;
     }
     out[first] = all;
 }
@@ -144,7 +147,7 @@ void close_probe(probe *p)
 qllm_status gpu_limits(int64_t bytes, qllm_device_limits *out, qllm_error *error)
 {
     probe p;
-    double read, copied;
+    double read = INFINITY, copied = INFINITY;
     *out = {};
     if (bytes < 16)
         return qllm_fail(error, QLLM_VALUE, "nbytes: expected at least 16, found %lld",
