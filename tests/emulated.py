@@ -4,6 +4,7 @@
     x = device.array(np.arange(32, dtype=np.float32))
     device.call("gpu_test_something", x, 32)      # a C function of kernels/test_hooks*.cu
     x.get()
+    qllm.Model.from_pretrained(folder, device=emulated.name())
 
 A C function for tests takes pointers, int64_t, float or bool, and last a qllm_error *; it returns a
 qllm_status.  Set in the environment of a call: QLLM_EMULATE_ORDER=reversed, QLLM_EMULATE_THREADS,
@@ -35,6 +36,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from qllm import _core
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "emulated"
 VARIANTS = {
@@ -43,6 +46,8 @@ VARIANTS = {
                   "-fno-sanitize-recover=undefined"],
     "ucontext": ["-O2", "-DQLLM_EMULATE_UCONTEXT"],
 }
+ON_A_GPU = os.environ.get("QLLM_TEST_CUDA") == "1"
+without_a_gpu = pytest.mark.skipif(ON_A_GPU, reason="the emulation can be told to fail, a GPU not")
 STATUSES = ["OK", "VALUE", "MEMORY", "UNSUPPORTED", "INTERNAL"]  # of csrc/core/status.h
 
 
@@ -242,7 +247,7 @@ class Device:
 
 def library() -> Path:
     """The library that tests of kernels load."""
-    if os.environ.get("QLLM_TEST_CUDA") == "1":
+    if ON_A_GPU:
         return ROOT / "qllm" / "_cuda.so"
     return build("sanitized" if os.environ.get("QLLM_TEST_SANITIZE") == "1" else "plain")
 
@@ -250,3 +255,9 @@ def library() -> Path:
 @functools.cache
 def device() -> Device:
     return Device(library())
+
+
+@functools.cache
+def name() -> str:
+    """What models call the device of that library, which is opened: "emulated" or "cuda"."""
+    return str(_core._load_device(library()))

@@ -1,4 +1,4 @@
-"""Decoders of compute="auto" on a GPU, its kernels run on the processor: within the roundings that
+"""Decoders of compute="auto" on a GPU, or its kernels run on the processor: within the roundings that
 kernels/skinny.h and kernels/attention.h state, and the same bits however rows are put together."""
 
 from __future__ import annotations
@@ -22,18 +22,13 @@ F32, F64 = np.float32, np.float64
 BF16_RMS = 8e-4  # of the relative error of a number rounded to bf16, whose mantissas are uniform
 
 
-@pytest.fixture(scope="module", autouse=True)
-def name() -> str:
-    return _core._load_device(emulated.library())
-
-
 def set_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
     """In which lanes and blocks take their turns."""
     monkeypatch.setenv("QLLM_EMULATE_ORDER", order)
 
 
 def decoder_of(weights: Weights, **options: Any) -> _core.Decoder:
-    return weights.decoder(device="emulated", compute="auto", **options)
+    return weights.decoder(device=emulated.name(), compute="auto", **options)
 
 
 def same_bits(found: Array, expected: Array) -> None:
@@ -94,6 +89,9 @@ class RoundedKeys(list):  # type: ignore[type-arg]
         super().append([bf16(head) for head in heads])
 
 
+# A GPU's tensor cores cut off what lies below the last place of the largest number that they add,
+# where the emulation rounds; so more numbers fall to the other side.
+CLOSE, MOST = (1e-5, 0.3) if emulated.ON_A_GPU else (1e-6, 0.6)
 FUSED = {"hidden": 64, "head_dim": 32, "rotary_dim": 32, "intermediate": 128}
 TIGHT = {
     "llama": llama(**FUSED),
@@ -109,7 +107,7 @@ TIGHT = {
 def test_logits_are_those_of_a_model_with_the_same_roundings(
     monkeypatch: pytest.MonkeyPatch, config: str, fmt: str, order: str
 ) -> None:
-    """To 1e-6 of their size, in most rows.  A number that lies between two of bf16 may fall to the
+    """To CLOSE of their size, in most rows.  A number that lies between two of bf16 may fall to the
     other side, since the device computes in float32 what the reference does in float64; then its row
     and those after it differ by what a place of bf16 makes, so each text is short."""
     set_order(monkeypatch, order)
@@ -120,8 +118,8 @@ def test_logits_are_those_of_a_model_with_the_same_roundings(
         expected = RoundedReference(weights).logits(ids)
         error = np.abs(prefill(decoder, ids) - expected).max(1) / expected.std()
         assert (error < 0.05).all()
-        close += list(error < 1e-6)
-    assert np.mean(close) > 0.6
+        close += list(error < CLOSE)
+    assert np.mean(close) > MOST
 
 
 # ------------------------------------------------------------------- all families, against exact
@@ -164,7 +162,7 @@ def test_every_family_is_as_far_from_exact_as_its_roundings_reach(
     for fmt in ["bf16", "nf4"] if variant in ("llama", "falcon-40b", "qwen3") else ["bf16"]:
         exact, auto = (
             qllm.Model.from_pretrained(tmp_path, quantization=fmt, device=device, compute=compute)
-            .logits(ids) for device, compute in (("cpu", "exact"), ("emulated", "auto")))
+            .logits(ids) for device, compute in (("cpu", "exact"), (emulated.name(), "auto")))
         error = auto - exact
         assert np.sqrt(np.mean(error**2)) < average and np.abs(error).max() < limit, fmt
         first, second = np.sort(exact, 1)[:, [-1, -2]].T
@@ -204,20 +202,21 @@ class MixedWeights(Weights):
         return decoder
 
 
-LONG = {"max_positions": 400, "layers": 2}
+LONG = {"max_positions": 400, "layers": 1}
+TWO = {"max_positions": 400, "layers": 2}
 COMPANY: dict[str, Weights] = {
-    "llama, nf4": Weights(llama(**FUSED, **LONG), "nf4"),
+    "llama, nf4": Weights(llama(**FUSED, **TWO), "nf4"),
     "llama, int8": Weights(llama(**FUSED, **LONG), "int8"),
     "llama, each layer its own": MixedWeights(llama(**FUSED, **LONG), "bf16"),
     "qwen3 with a window, nf4-dq": Weights(
-        llama(hidden=64, intermediate=128, qk_norm=True, **LONG,
+        llama(hidden=64, intermediate=128, qk_norm=True, **TWO,
               sliding_window=np.array([40, 0], np.int64)), "nf4-dq"),
     "falcon, bf16": Weights(falcon(**FUSED, **LONG), "bf16"),
     "falcon-40b, fp4": Weights(falcon(**FUSED, **LONG, block="parallel2", kv_heads=2), "fp4"),
     "falcon-rw, bf16": Weights(falcon_rw(**FUSED | {"rotary_dim": None}, **LONG), "bf16"),
     "odd sizes, bf16": Weights(
         llama(hidden=35, head_dim=10, rotary_dim=10, intermediate=57, heads=6, kv_heads=3,
-              max_positions=400), "bf16"),
+              **LONG), "bf16"),
 }
 
 
@@ -251,7 +250,7 @@ def test_rows_have_the_same_bits_in_any_company(
 
 
 def test_a_batch_of_more_rows_than_a_chunk() -> None:
-    weights = COMPANY["llama, nf4"]
+    weights = COMPANY["llama, int8"]
     decoder, ids = decoder_of(weights), tokens(9)
     sequence = decoder.sequence()
     whole = prefill(decoder, ids, sequence)
@@ -282,7 +281,7 @@ def steps(weights: Weights) -> Array:
     return np.concatenate(out)
 
 
-@pytest.mark.parametrize("weights", ["llama, nf4", "falcon-rw, bf16"])
+@pytest.mark.parametrize("weights", ["llama, each layer its own", "falcon-rw, bf16"])
 def test_recorded_steps_do_what_they_were_recorded_from(
     monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:

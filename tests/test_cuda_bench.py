@@ -4,7 +4,6 @@ are made, limits are found, and every table of benchmarks/gpu.py comes to its en
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ ARRAYS = ["packed", "absmax", "absmax_codes", "nested_absmax", "scb"]
 
 @pytest.fixture(scope="module")
 def name() -> str:
-    return _core._load_device(emulated.library())
+    return emulated.name()
 
 
 def decoder(device: str, compute: str, shape: str = "tiny") -> Any:
@@ -252,11 +251,10 @@ def test_models_on_torch_have_the_layers_that_are_asked_for(format: str) -> None
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits.float()).all()
 
 
+@emulated.without_a_gpu
 def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if os.environ.get("QLLM_TEST_CUDA") == "1":
-        pytest.skip("the memory of a GPU is what it is")
     monkeypatch.setenv("QLLM_EMULATE_MEMORY", "8000000")
     found = table("decode", *TINY, *SHORT, "--compute", "exact", "--formats", "nf4", "--shapes",
                   "small", "tiny", out=tmp_path / "decode.json")

@@ -24,23 +24,19 @@ PAGE = 64  # positions
 PAGE_BYTES = SMALL["layers"] * SMALL["kv_heads"] * SMALL["head_dim"] * 2 * 4 * PAGE
 
 
-@pytest.fixture(scope="module", autouse=True)
-def device() -> str:
-    return _core._load_device(emulated.library())
-
-
 class OnDevice:
     """Weights whose decoders are on the device, whatever a test of the processor asks for."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, compute: str = "exact") -> None:
         self.weights = weights
+        self.compute = compute
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.weights, name)
 
     def decoder(self, **options: Any) -> _core.Decoder:
         options.pop("isa", None)
-        return self.weights.decoder(**options, device="emulated")
+        return self.weights.decoder(**{"compute": self.compute} | options, device=emulated.name())
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +69,17 @@ def test_as_on_the_processor(usual: OnDevice, test: Callable[[Any], None]) -> No
     test(usual)
 
 
+@pytest.mark.parametrize("test", [
+    test_decoder.test_forks_of_forks_and_truncation,
+    test_decoder.test_a_shared_part_is_never_changed,
+    test_decoder.test_unwanted_rows_are_computed_but_not_returned,
+], ids=lambda test: test.__name__.removeprefix("test_"))
+def test_as_on_the_processor_with_auto(test: Callable[[Any], None]) -> None:
+    """The bits of a row do not hang on how it came about, on the tensor cores neither."""
+    config = llama(layers=1, hidden=64, head_dim=32, rotary_dim=32, intermediate=64)
+    test(OnDevice(Weights(config, "nf4", seed=5), "auto"))
+
+
 def test_bad_weights_are_refused_as_on_the_processor() -> None:
     weights = OnDevice(Weights(llama(), "f32", seed=5))
     test_decoder_arguments.test_bad_weights_are_refused_and_the_old_ones_stay(weights)
@@ -88,7 +95,7 @@ def test_load_linear_is_quantize_and_set_linear(fmt: str) -> None:
     """Bytes, size, bias and error, exact and in tiles, where the sizes allow them."""
     rng = np.random.default_rng(1)
     for config, compute in ((llama(), "exact"), (llama(hidden=128), "auto")):
-        decoder = _core.Decoder(config, device="emulated", compute=compute)
+        decoder = _core.Decoder(config, device=emulated.name(), compute=compute)
         for slot in ("layers.1.up", "head"):
             values = rng.normal(size=decoder.slots()[slot]).astype(np.float32)
             weight = _core.quantize(values, fmt, 128, isa="reference")
@@ -108,7 +115,7 @@ def test_exact_logits_have_the_bits_of_the_processor(make: Callable[..., dict], 
     """Across a border of pages, in several steps, and in parts."""
     weights = Weights(make(layers=1, hidden=64, max_positions=100), fmt, seed=3)
     ids = tokens(75)
-    here, there = weights.decoder(), weights.decoder(device="emulated")
+    here, there = weights.decoder(), weights.decoder(device=emulated.name())
     expected = prefill(here, ids)
     assert np.array_equal(prefill(there, ids, chunk=30), expected)
     hidden = there.embed(ids)
@@ -124,7 +131,7 @@ def test_more_rows_than_a_chunk() -> None:
     """700 rows are cut into chunks of 512; runs lie across the border."""
     weights = Weights(llama(layers=1, hidden=16, heads=1, kv_heads=1, intermediate=16, vocab=5,
                             max_positions=400), "f32", seed=2)
-    here, there = weights.decoder(), weights.decoder(device="emulated")
+    here, there = weights.decoder(), weights.decoder(device=emulated.name())
     ids = tokens(700, vocab=5)
     owner = [100, 380, 1, 219]
     want = np.random.default_rng(0).random(700) < 0.3
@@ -195,7 +202,7 @@ def test_pages_are_shared_and_copied_when_written(small: OnDevice) -> None:
 def test_counters_of_bytes() -> None:
     config = llama(layers=1, hidden=64)
     weights = Weights(config, "f32", seed=5)
-    decoder = _core.Decoder(config, device="emulated")
+    decoder = _core.Decoder(config, device=emulated.name())
     assert decoder.nbytes() == {"weights": 0, "embedding": 0, "kv_cache": 0, "scratch": 0}
     decoder.set_vector("final_norm.weight", weights.arrays["final_norm.weight"])
     assert decoder.nbytes()["weights"] == 4 * 64
@@ -213,10 +220,10 @@ def test_counters_of_bytes() -> None:
 
 
 @contextlib.contextmanager
-def memory_of(device: str, monkeypatch: pytest.MonkeyPatch, free: int) -> Iterator[None]:
+def memory_of(monkeypatch: pytest.MonkeyPatch, free: int) -> Iterator[None]:
     """The device with so many bytes that can be used, beside those held now and the twentieth that
     stays free."""
-    facts = _core.device_info(device)
+    facts = _core.device_info(emulated.name())
     assert facts is not None
     held = facts["memory"] - facts["free"]
     monkeypatch.setenv("QLLM_EMULATE_MEMORY", str(held + free + facts["memory"] // 20))
@@ -224,14 +231,15 @@ def memory_of(device: str, monkeypatch: pytest.MonkeyPatch, free: int) -> Iterat
     monkeypatch.delenv("QLLM_EMULATE_MEMORY")
 
 
+@emulated.without_a_gpu
 def test_without_memory_a_model_stays_usable(
-    small: OnDevice, device: str, monkeypatch: pytest.MonkeyPatch
+    small: OnDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = small.decoder()
     kept = decoder.sequence()
     expected = prefill(decoder, tokens(40), kept)
     head = _core.quantize(small.arrays["head"], "f32")
-    with memory_of(device, monkeypatch, 1000):
+    with memory_of(monkeypatch, 1000):
         words = r"needs \d+ bytes of memory on emulated GPU, where \d{1,4} of \d+ can be used"
         with pytest.raises(qllm.QllmMemoryError, match=words):
             decoder.set_linear("head", head)
@@ -245,14 +253,15 @@ def test_without_memory_a_model_stays_usable(
     assert np.array_equal(prefill(decoder, tokens(40)), expected)
 
 
+@emulated.without_a_gpu
 def test_spare_pages_make_room_for_weights(
-    small: OnDevice, device: str, monkeypatch: pytest.MonkeyPatch
+    small: OnDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = small.decoder()
     prefill(decoder, tokens(3))
     spare = decoder.nbytes()["scratch"]
     head = _core.quantize(small.arrays["head"], "f32")
-    with memory_of(device, monkeypatch, 1000):
+    with memory_of(monkeypatch, 1000):
         decoder.set_linear("head", head)  # the last sequence is gone, so its slab goes
     assert decoder.nbytes()["scratch"] < spare - PAGE_BYTES
     prefill(decoder, tokens(3))
@@ -275,6 +284,7 @@ def failing(action: Callable[[], Any], after: Callable[[], None], most: int = 10
     raise AssertionError("it never succeeds")
 
 
+@emulated.without_a_gpu
 def test_every_failing_allocation_of_a_step_leaves_it_undone(small: OnDevice) -> None:
     ids = tokens(12)
     expected = prefill(small.decoder(), ids)
@@ -301,6 +311,7 @@ def test_every_failing_allocation_of_a_step_leaves_it_undone(small: OnDevice) ->
     assert failing(step, look) >= 3  # the rows, their buffers, logits
 
 
+@emulated.without_a_gpu
 def test_failing_allocations_of_weights(small: OnDevice) -> None:
     decoder, ids = small.decoder(), tokens(5)
     kept = decoder.sequence()  # so that there are no spare pages to give back instead
@@ -332,21 +343,24 @@ def test_two_python_threads_take_turns(small: OnDevice) -> None:
 
 
 def test_options_and_info(usual: OnDevice) -> None:
+    device, facts = emulated.name(), _core.device_info(emulated.name())
+    assert facts is not None
     for options, words in (
-        ({"compute": "int8"}, "compute is 'int8', which device 'emulated' does not offer"),
-        ({"isa": "avx2"}, "isa is 'avx2', but device 'emulated' has no choice of instruction sets"),
+        ({"compute": "int8"}, f"compute is 'int8', which device '{device}' does not offer"),
+        ({"isa": "avx2"}, f"isa is 'avx2', but device '{device}' has no choice of instruction sets"),
     ):
         with pytest.raises(qllm.QllmUnsupportedError, match=words):
-            _core.Decoder(llama(), device="emulated", **options)
+            _core.Decoder(llama(), device=emulated.name(), **options)
     with pytest.raises(qllm.QllmValueError, match="config: vocab is 0"):
-        _core.Decoder(llama(vocab=0), device="emulated")
+        _core.Decoder(llama(vocab=0), device=emulated.name())
     decoder = usual.decoder(int8_threshold=3.0, int8_outliers="batch")
     info = decoder.info()
-    assert (info["device"], info["isa"], info["cpu_model"]) == ("emulated",) * 2 + ("emulated GPU",)
+    assert (info["device"], info["isa"]) == (device, facts["variant"])
+    assert info["cpu_model"] == facts["name"]
     assert (info["compute"], info["threads"]) == ("exact", 1)
     assert (info["int8_threshold"], info["int8_outliers"]) == (3.0, "batch")
     assert list(info["kernels"]) == ["f32"] and "exact" in info["kernels"]["f32"][0]
-    fast = _core.Decoder(llama(hidden=64), device="emulated", compute="auto")
+    fast = _core.Decoder(llama(hidden=64), device=emulated.name(), compute="auto")
     fast.load_linear("head", np.zeros((VOCAB, 64), np.float32), "nf4")
     kernels = fast.info()["kernels"]["nf4"]
     assert kernels and all("exact" not in name for name in kernels)

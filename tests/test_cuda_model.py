@@ -1,4 +1,4 @@
-"""Models, generation and studies on a GPU, its kernels emulated: what the processor gives."""
+"""Models, generation and studies on a GPU, or its kernels emulated: what the processor gives."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ pytest.importorskip("safetensors", reason="writes the checkpoints")
 pytest.importorskip("tokenizers", reason="text goes through it")
 
 import tiny_models  # noqa: E402
+from qllm.study import ARMS, Arm, Design, Text, resolve  # noqa: E402
+from qllm.study.cells import Task, compute, own_texts  # noqa: E402
+from qllm.study.lockstep import compute_lockstep  # noqa: E402
 
 CONFIG = tiny_models.LLAMA | {"vocab_size": 259, "num_hidden_layers": 1, "eos_token_id": 2,
                               "tie_word_embeddings": True}
-EXACT: dict[str, Any] = {"device": "emulated", "compute": "exact"}
+
+
+@pytest.fixture
+def exact() -> dict[str, Any]:
+    return {"device": emulated.name(), "compute": "exact"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    assert _core._load_device(emulated.library()) == "emulated"
     path = tmp_path_factory.mktemp("tiny")
     tiny_models.write(path, CONFIG, tiny_models.tensors(CONFIG, "bfloat16"))
     tiny_models.write_tokenizer(path, CONFIG["vocab_size"])
@@ -35,10 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("format", [None, "nf4", "int8"])
-def test_a_model_on_the_device_is_that_of_the_processor(folder: Path, format: str | None) -> None:
+def test_a_model_on_the_device_is_that_of_the_processor(
+    folder: Path, format: str | None, exact: dict[str, Any]
+) -> None:
     here = qllm.Model.from_pretrained(folder, format, compute="exact")
-    there = qllm.Model.from_pretrained(folder, format, **EXACT)
-    assert there.device == "emulated" and there.formats == here.formats
+    there = qllm.Model.from_pretrained(folder, format, **exact)
+    assert there.device == emulated.name() and there.formats == here.formats
     ids = there.encode("hello world")
     assert np.array_equal(there.logits(ids), here.logits(ids))
     assert np.array_equal(there.score("hello").logprobs, here.score("hello").logprobs)
@@ -47,7 +55,7 @@ def test_a_model_on_the_device_is_that_of_the_processor(folder: Path, format: st
     assert swaps[0].to_frame().equals(swaps[1].to_frame())
     assert np.array_equal(there.logits(ids), here.logits(ids))
     shown = str(there.info())
-    assert "emulated GPU" in shown and "threads" not in shown
+    assert there.info().cpu in shown and "threads" not in shown
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
@@ -63,32 +71,47 @@ def test_texts_are_those_of_the_processor(folder: Path, batch_size: int) -> None
     results = [
         qllm.Model.from_pretrained(folder, compute="exact", **device).generate_batch(
             requests, batch_size=batch_size)
-        for device in ({}, {"device": "emulated"})
+        for device in ({}, {"device": emulated.name()})
     ]
     assert results[0] == results[1]
     assert len({tuple(result.ids) for result in results[0]}) > 4
 
 
-def test_a_stream_is_that_of_the_processor(folder: Path) -> None:
+def test_texts_of_auto_do_not_hang_on_their_company(folder: Path) -> None:
+    """Sampled and greedy, in one batch, in many, and each by itself."""
+    model = qllm.Model.from_pretrained(folder, "nf4", device=emulated.name(), compute="auto")
+    requests = [Request(["ab", "hello"][i % 2], GenerationConfig(
+        temperature=[0.0, 1.0, 1.5][i % 3], max_new_tokens=5, seed=i, ignore_eos=True))
+        for i in range(6)]
+    together = model.generate_batch(requests, batch_size=64)
+    assert model.generate_batch(requests, batch_size=4) == together
+    assert [model.generate_batch([request])[0] for request in requests] == together
+    assert len({tuple(result.ids) for result in together}) > 3
+
+
+def test_a_stream_is_that_of_the_processor(folder: Path, exact: dict[str, Any]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "seed": 4, "ignore_eos": True}
-    there = qllm.Model.from_pretrained(folder, **EXACT)
+    there = qllm.Model.from_pretrained(folder, **exact)
     here = qllm.Model.from_pretrained(folder, compute="exact")
     assert list(there.stream("ab", **options)) == list(here.stream("ab", **options))
     assert there.decoder.nbytes()["kv_cache"] == 0
 
 
-def test_a_saved_model_is_that_of_the_processor(folder: Path, tmp_path: Path) -> None:
-    for name, options in (("here", {"compute": "exact"}), ("there", EXACT)):
+def test_a_saved_model_is_that_of_the_processor(
+    folder: Path, tmp_path: Path, exact: dict[str, Any]
+) -> None:
+    for name, options in (("here", {"compute": "exact"}), ("there", exact)):
         qllm.Model.from_pretrained(folder, "nf4", **options).save(tmp_path / name)
     for file in (tmp_path / "here").iterdir():
         assert file.read_bytes() == (tmp_path / "there" / file.name).read_bytes()
 
 
 def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(qllm.QllmUnsupportedError, match="device 'emulated' does not offer; use"):
-        qllm.Model.from_pretrained(folder, device="emulated", compute="int8")
+    device = emulated.name()
+    with pytest.raises(qllm.QllmUnsupportedError, match=f"device '{device}' does not offer; use"):
+        qllm.Model.from_pretrained(folder, device=device, compute="int8")
     with pytest.raises(qllm.QllmUnsupportedError, match="has no choice of instruction sets"):
-        qllm.Model.from_pretrained(folder, device="emulated", isa="scalar")
+        qllm.Model.from_pretrained(folder, device=device, isa="scalar")
     with pytest.raises(qllm.QllmUnsupportedError, match="device 'gpu' is not offered"):
         qllm.Model.from_pretrained(folder, device="gpu")
 
@@ -96,72 +119,87 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_of_the_build_says_what_cuda_is(
     monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = _core.device_info("emulated")
+    found = _core.device_info(emulated.name())
+    assert found is not None
     monkeypatch.setattr(_core, "device_info", lambda name: found)
     assert main(["info"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "cuda yes: emulated GPU (emulated), 8.00 GiB of memory," in shown
+    memory = f"{found['memory'] / 2**30:.2f} GiB of memory,"
+    assert f"cuda yes: {found['name']} ({found['variant']}), {memory}" in shown
 
 
 def test_bench_times_the_device(
     monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qllm.cli.grammar.DEVICES", ("cpu", "emulated"))
-    monkeypatch.setattr("qllm.cli.bench.DEVICE_READ_BYTES", 1 << 20)
+    device = emulated.name()
+    facts = _core.device_info(device)
+    assert facts is not None
+    monkeypatch.setattr("qllm.cli.grammar.DEVICES", ("cpu", device))
+    monkeypatch.setattr("qllm.cli.bench.DEVICE_READ_BYTES", 1 << 16)
     words = ["bench", "--shape", "tiny", "--formats", "nf4", "--rounds", "1", "--prompt-tokens",
-             "3", "--new-tokens", "2", "--batch", "2", "--device", "emulated", "--compute", "exact"]
+             "3", "--new-tokens", "2", "--batch", "2", "--device", device, "--compute", "exact"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "emulated GPU" in shown and "nf4" in shown and "reads" in shown
+    assert facts["name"] in shown and "nf4" in shown and "reads" in shown
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["device"] == "emulated" and found["limits"]["read_bytes_per_second"]["median"] > 0
+    assert found["device"] == device and found["limits"]["read_bytes_per_second"]["median"] > 0
     assert found["formats"][0]["decode_tokens_per_second"]["median"] > 0
     assert found["formats"][0]["share_of_read"]["median"] > 0
+
+
+def study_of(folder: Path, **options: Any) -> Design:
+    return Design(
+        name="device", models=(str(folder),), temperatures=(0.7, 1.0), seeds=(1,), lengths=(3,),
+        arms=(ARMS["bf16"], ARMS["nf4"], Arm("null", "bf16", role="null", batch_size=1),
+              Arm("null-cpu", "bf16", role="null", device="cpu")),
+        prompts=(Text("a", "text", "ab"), Text("b", "text", "hello")),
+        texts=(Text("c", "text", "hello world"),), logit_temperatures=(0.5, 1.0), speed=None,
+        play=1, **options)
+
+
+def cells_of(design: Design, arm: str, function: Any = compute) -> dict[str, Any]:
+    """What an arm is found to be, with the own texts of the reference on the processor."""
+    (folder,) = design.models
+    where = replace(design, device="cpu")
+    own = own_texts(where, compute(Task(where, folder, "bf16")))
+    assert len(own) == 2
+    found = function(Task(design, folder, arm, own))
+    environment = found.pop("environment")
+    on = design.arm(arm).device or design.device
+    assert (environment["device"], environment["compute"]) == (on, design.compute)
+    return {key: found[key] for key in found if key != "memory"}
+
+
+def assert_differs_by_nothing(null: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert len(null["texts"]) == 3 and null["generations"] == reference["generations"]
+    for text in null["texts"]:
+        assert text["same_top"] == 1 and text["ln_ppl_ratio"] == 0
+        assert not any(text["curves"]["kl"] + text["curves"]["disagreement"])
 
 
 def test_cells_of_a_study_are_those_of_the_processor(folder: Path) -> None:
     """And a null arm differs by nothing: in other batches, and where it computes on the processor
     what the reference computes on the device; lockstep too."""
-    from qllm.study import ARMS, Arm, Design, Text
-    from qllm.study.cells import Task, compute, own_texts
-    from qllm.study.lockstep import compute_lockstep
-
-    design = Design(
-        name="device", models=(str(folder),), temperatures=(0.7, 1.0), seeds=(1,), lengths=(3,),
-        arms=(ARMS["bf16"], ARMS["nf4"], Arm("null", "bf16", role="null", batch_size=1)),
-        prompts=(Text("a", "text", "ab"), Text("b", "text", "hello")),
-        texts=(Text("c", "text", "hello world"),), logit_temperatures=(0.5, 1.0), speed=None, play=1,
-    )
-    crossed = replace(design, device="emulated", arms=(
-        *design.arms, Arm("null-cpu", "bf16", role="null", device="cpu")))
-    reference = compute(Task(design, str(folder), "bf16"))
-    own = own_texts(design, reference)
-    assert len(own) == 2
-
-    def body(which: Design, arm: str, function: Any = compute) -> dict[str, Any]:
-        found = function(Task(which, str(folder), arm, own))
-        environment = found.pop("environment")
-        on = which.arm(arm).device or which.device
-        assert (environment["device"], environment["compute"]) == (on, "exact")
-        return {key: found[key] for key in found if key != "memory"}
-
+    here, there = study_of(folder), study_of(folder, device=emulated.name())
+    found = {arm: cells_of(there, arm) for arm in ("bf16", "nf4", "null", "null-cpu")}
     for arm in ("bf16", "nf4", "null"):
-        assert body(crossed, arm) == body(design, arm)
+        assert found[arm] == cells_of(here, arm)
     for arm in ("null", "null-cpu"):
-        texts = body(crossed, arm)["texts"]
-        assert len(texts) == 3
-        for text in texts:
-            assert text["same_top"] == 1 and text["ln_ppl_ratio"] == 0
-            assert not any(text["curves"]["kl"] + text["curves"]["disagreement"])
-        assert body(crossed, arm)["generations"] == body(crossed, "bf16")["generations"]
-    assert all(min(text["curves"]["kl"]) > 0 for text in body(crossed, "nf4")["texts"])
-    assert body(crossed, "nf4", compute_lockstep) == body(design, "nf4", compute_lockstep)
+        assert_differs_by_nothing(found[arm], found["bf16"])
+    assert all(min(text["curves"]["kl"]) > 0 for text in found["nf4"]["texts"])
+    assert cells_of(there, "nf4", compute_lockstep) == cells_of(here, "nf4", compute_lockstep)
+
+
+def test_a_null_arm_of_auto_differs_by_nothing(folder: Path) -> None:
+    """Row by row, what the reference computed in one batch."""
+    design = study_of(folder, device=emulated.name(), compute="auto")
+    found = {arm: cells_of(design, arm) for arm in ("bf16", "nf4", "null")}
+    assert_differs_by_nothing(found["null"], found["bf16"])
+    assert all(min(text["curves"]["kl"]) > 0 for text in found["nf4"]["texts"])
 
 
 def test_the_device_of_a_design() -> None:
-    from qllm.study import Arm, Design, resolve
-
     assert resolve("smoke").device == "cpu"
     design = Design.from_dict({"device": "cuda", "arms": ["bf16", {
         "name": "x", "format": "nf4", "device": "cpu"}]})
