@@ -33,7 +33,9 @@ FORMATS = ("nf4", "fp4", "nf4-dq", "fp4-dq", "int8")
 _STATE = "quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 4096
 _DTYPES = ("bfloat16", "float16", "float32")
-_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE + "nf4", _STATE + "fp4")
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE + "nf4", _STATE + "fp4")
+"""What can stand behind `PREFIX.weight.` of a 4-bit layer."""
+
 _STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_STATE_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _MAX_INT = 2**63 - 1
@@ -120,11 +122,11 @@ def read_weight(checkpoint: Tensors, prefix: str) -> BnbTensor | None:
 
 def _read_4bit(weight: TensorEntry, parts: dict[str, TensorEntry]) -> BnbTensor:
     what = _what(weight)
-    unknown = sorted(set(parts) - set(_KEYS))
+    unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise QllmFileError(
             f"{what} has the part {quoted(unknown[0])}, which no 4-bit weight has; known are "
-            + ", ".join(_KEYS)
+            + ", ".join(PARTS)
         )
     states = [key for key in parts if key.startswith(_STATE)]
     if len(states) != 1:

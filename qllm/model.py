@@ -572,10 +572,11 @@ def _threshold(value: float | None, checkpoint: Checkpoint) -> float:
     if value is not None:
         return value
     quantization = checkpoint.config.get("quantization_config") or {}
-    stored = quantization.get("llm_int8_threshold", 6.0)
+    name = "int8_threshold" if quantization.get("quant_method") == "qllm" else "llm_int8_threshold"
+    stored = quantization.get(name, 6.0)
     if type(stored) not in (int, float) or not math.isfinite(stored) or stored < 0:
         raise QllmFileError(
-            f"{checkpoint.folder / 'config.json'} has llm_int8_threshold {quoted(stored)}; a "
+            f"{checkpoint.folder / 'config.json'} has {name} {quoted(stored)}; a "
             "number of at least 0 was expected"
         )
     return float(stored)

@@ -25,6 +25,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 RUN = [page for page in PAGES if blocks(page, "python")]
 NEEDS = {"torch": "torch", "lm-eval": "lm_eval", "from-bitsandbytes": "safetensors",
+         "transformers": "transformers",
          "study": "pandas"}
 
 

@@ -113,7 +113,8 @@ def _check_classes(fields: Fields) -> None:
 
 
 def _check_quantization(fields: Fields) -> None:
-    """Only the layouts of bitsandbytes are read; which layers have one, the tensors say."""
+    """Only the layouts of bitsandbytes are read, which qllm writes too; which layers have one, the
+    tensors say."""
     quantization = fields.table("quantization_config")
     fields.raw("compression_config")
     if fields.members.get("compression_config") is not None:
@@ -124,7 +125,7 @@ def _check_quantization(fields: Fields) -> None:
     if not quantization:
         return
     method = quantization.get("quant_method", "bitsandbytes" if _says_bnb(quantization) else None)
-    if method != "bitsandbytes":
+    if method not in ("bitsandbytes", "qllm"):
         raise QllmUnsupportedError(
             f"{fields.what} has a quantization_config with quant_method {quoted(method)}; of "
             "quantized checkpoints only those of bitsandbytes are read: use the model's original "

@@ -46,21 +46,18 @@ def quantize_(
             f"a {type(module).__name__} has no layers that could be swapped in place; "
             "Linear.from_linear makes a quantized layer from one"
         )
-    layers = dict(_linear_layers(module))
-    config.require_matches(layers)
-    reasons = {name: _reason(module, name, layer, config) for name, layer in layers.items()}
-    if all(reason is not None for reason in reasons.values()):
-        raise none_selected({name: reason or "" for name, reason in reasons.items()})
+    reasons = selection(module, config)
+    layers = dict(linear_layers(module))
     made: dict[int, tuple[Linear, dict[str, float] | None]] = {}  # under two names one layer
     rows = []
     for name, reason in reasons.items():
         layer, error = layers.pop(name), None
         if reason is None:
             if id(layer) not in made:
-                made[id(layer)] = _quantized(layer, name, config, compute, int8_threshold)
+                made[id(layer)] = quantized_layer(layer, name, config, compute, int8_threshold)
             layer, error = made[id(layer)]
-            _put(module, name, layer)
-        rows.append(_row(name, layer, error, reason))
+            put(module, name, layer)
+        rows.append(row(name, layer, error, reason))
     return QuantReport(tuple(rows))
 
 
@@ -74,14 +71,30 @@ def _config(
         )
     elif include is not None or skip is not None or quantize_head or blocksize != 64:
         raise QllmUnsupportedError("give the options of the selection in the QuantConfig alone")
-    if format.format not in FORMATS:
+    return require_quantized(format)
+
+
+def require_quantized(config: QuantConfig) -> QuantConfig:
+    """`config` itself; raises `QllmUnsupportedError` where its format is none for a layer."""
+    if config.format not in FORMATS:
         raise QllmUnsupportedError(
-            f"a layer cannot become {format.format}; it can become " + ", ".join(FORMATS)
+            f"a layer cannot become {config.format}; it can become " + ", ".join(FORMATS)
         )
-    return format
+    return config
 
 
-def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def selection(module: nn.Module, config: QuantConfig) -> dict[str, str | None]:
+    """Every linear layer by name, with why it is left alone; None where it is to be swapped. Raises
+    for a pattern that matches nothing, and where nothing is to be swapped."""
+    layers = dict(linear_layers(module))
+    config.require_matches(layers)
+    reasons = {name: _reason(module, name, layer, config) for name, layer in layers.items()}
+    if all(reason is not None for reason in reasons.values()):
+        raise none_selected({name: reason or "" for name, reason in reasons.items()})
+    return reasons
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer by its names."""
     for name, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, nn.Linear) or float_weight(layer) is not None:
@@ -90,7 +103,7 @@ def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _reason(module: nn.Module, name: str, layer: nn.Module, config: QuantConfig) -> str | None:
     """Why a layer is left alone; None where it is to be swapped."""
-    reason = config.why_not(name, _is_head(module, layer))
+    reason = config.why_not(name, is_head(module, layer))
     if reason is not None:
         return reason
     if isinstance(layer, Linear):
@@ -101,10 +114,10 @@ def _reason(module: nn.Module, name: str, layer: nn.Module, config: QuantConfig)
             f"{name} cannot be swapped to {config.format}: it has its weight only as "
             f"{layer.format}; take the original module, or leave the layer out with skip"
         )
-    return _obstacle(module, name, layer)
+    return obstacle(module, name, layer)
 
 
-def _obstacle(module: nn.Module, name: str, layer: nn.Module) -> str | None:
+def obstacle(module: nn.Module, name: str, layer: nn.Module) -> str | None:
     """What keeps a quantized layer from standing for this one."""
     kind = type(layer)
     parent = module.get_submodule(name.rpartition(".")[0])
@@ -138,7 +151,7 @@ def _belongs_to_peft(module: nn.Module, name: str) -> bool:
     return False
 
 
-def _is_head(module: nn.Module, layer: nn.Module) -> bool:
+def is_head(module: nn.Module, layer: nn.Module) -> bool:
     """Whether a layer is the output embedding."""
     head = getattr(module, "get_output_embeddings", None)
     if callable(head) and head() is layer:
@@ -149,7 +162,7 @@ def _is_head(module: nn.Module, layer: nn.Module) -> bool:
     )
 
 
-def _quantized(
+def quantized_layer(
     layer: nn.Module, name: str, config: QuantConfig, compute: str, int8_threshold: float
 ) -> tuple[Linear, dict[str, float] | None]:
     """The layer in place of `layer`, and its error against it where that is not quantized."""
@@ -165,12 +178,12 @@ def _quantized(
     return quantized, _core.image_error(image, array, dtype, name)
 
 
-def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+def put(module: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(module.get_submodule(parent), child, layer)
 
 
-def _row(
+def row(
     name: str, layer: nn.Module, error: dict[str, float] | None, reason: str | None
 ) -> LayerReport:
     if isinstance(layer, Linear):

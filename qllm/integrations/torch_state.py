@@ -23,6 +23,9 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+PARTS = ("weight", "SCB", "weight_format", *(f"weight.{part}" for part in bnb.PARTS))
+"""The names, behind a layer's own, that a weight and its parts can have."""
+
 _WHERE = Path("the state dict")
 _ANY = "layer"  # a prefix for names that are to have none
 
@@ -69,6 +72,14 @@ def keys(state: Mapping[str, Any], prefix: str) -> Iterator[str]:
             name.startswith("weight.") or name in ("weight", "SCB", "weight_format")
         ):
             yield key
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """A key as the name of its layer and one of `PARTS`; None for other keys."""
+    for part in PARTS:
+        if key.endswith("." + part):
+            return key.removesuffix("." + part), part
+    return None
 
 
 def read(state: Mapping[str, Tensor], prefix: str) -> QuantizedTensor | None:
