@@ -19,7 +19,7 @@ from typing import Any
 try:
     import torch
     import transformers
-    from transformers.quantizers import (  # type: ignore[attr-defined]
+    from transformers.quantizers import (
         HfQuantizer,
         register_quantization_config,
         register_quantizer,
@@ -170,12 +170,13 @@ class QllmQuantizer(HfQuantizer):
         for place in places:
             if place is not None and str(place) not in ("cpu", *_ANYWHERE):
                 raise QllmUnsupportedError(
-                    f"device_map has {quoted(str(place))}; qllm multiplies torch tensors on the CPU: "
-                    'leave device_map out, or say "cpu"'
+                    f"device_map has {quoted(str(place))}; qllm multiplies torch tensors on the "
+                    'CPU: leave device_map out, or say "cpu"'
                 )
 
     def update_device_map(self, device_map: Any) -> Any:
-        return {"": "cpu"} if isinstance(device_map, str) and device_map in _ANYWHERE else device_map
+        anywhere = isinstance(device_map, str) and device_map in _ANYWHERE
+        return {"": "cpu"} if anywhere else device_map
 
     # ------------------------------------------------------------------------------ while loading
 
@@ -253,7 +254,7 @@ class QllmQuantizer(HfQuantizer):
         """Layers without a weight in the folder are new, and stay unquantized."""
         for key in missing_keys:
             if self.param_needs_quantization(model, key):
-                self._loading().leave(key.removesuffix(".weight"), "the folder has no weight for it")
+                self._loading().leave_new(key.removesuffix(".weight"))
         return missing_keys
 
     def create_quantized_param(

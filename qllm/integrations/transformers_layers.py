@@ -66,9 +66,9 @@ class Swap:
         """The parameter that the layer has now."""
         return self.model.get_parameter(name + ".weight")
 
-    def leave(self, name: str, reason: str) -> None:
-        """Leaves a layer alone that was selected."""
-        self._reasons[name] = reason
+    def leave_new(self, name: str) -> None:
+        """Leaves a layer alone whose weight does not arrive."""
+        self._reasons[name] = "the folder has no weight for it"
 
     def quantize(self, name: str, weight: Tensor) -> nn.Parameter:
         """Swaps the layer `name` for one with this weight, quantized; returns its parameter."""
@@ -130,7 +130,7 @@ class Swap:
         layers = dict(linear_layers(self.model))
         for name, layer in layers.items():
             if self.selects(name) and not isinstance(layer, Linear):
-                self.leave(name, "the folder has no weight for it")
+                self.leave_new(name)
         if not any(self.selects(name) for name in layers):
             raise none_selected({name: reason or "" for name, reason in self._reasons.items()})
         return QuantReport(
