@@ -353,11 +353,13 @@ def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch
         importlib.import_module("qllm.integrations.transformers")
 
 
-def test_an_old_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["4.56.2", "5.0.0", "5.5.4"])
+def test_a_version_that_it_does_not_work_with_is_named(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "qllm.integrations.transformers")
-    monkeypatch.delattr(transformers.quantizers.HfQuantizer, "param_needs_quantization")
-    with pytest.raises(ImportError, match="transformers 4.57 or later, not " +
-                       transformers.__version__):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    with pytest.raises(ImportError, match=f"needs transformers 4.57, or 5.6.* not {version}"):
         importlib.import_module("qllm.integrations.transformers")
 
 

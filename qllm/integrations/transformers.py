@@ -7,7 +7,7 @@
     model.save_pretrained(other)                           # in the tensors of bitsandbytes
     model = AutoModelForCausalLM.from_pretrained(other)    # once this module is imported
 
-Each weight is quantized as it is read. Works with transformers 4.57 and 5.
+Each weight is quantized as it is read. Works with transformers 4.57, and from 5.6 on.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ try:
     from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 except ImportError as missing:
     raise ImportError(
-        "qllm.integrations.transformers needs torch and transformers, of version 4.57 or later "
-        f"({missing})"
+        f"qllm.integrations.transformers needs torch and transformers ({missing})"
     ) from None
-if not hasattr(HfQuantizer, "param_needs_quantization"):
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if _VERSION < (4, 57) or (5, 0) <= _VERSION < (5, 6):  # 5.0 to 5.5 round stored integers
     raise ImportError(
-        f"qllm.integrations.transformers needs transformers 4.57 or later, not "
+        "qllm.integrations.transformers needs transformers 4.57, or 5.6 or later, not "
         f"{transformers.__version__}"
     )
 
@@ -49,7 +49,7 @@ from .transformers_layers import Swap
 METHOD = "qllm"
 """`quant_method` of a `quantization_config`."""
 
-_ARRIVES_IN_PARTS = not hasattr(HfQuantizer, "get_quantize_ops")
+_ARRIVES_IN_PARTS = _VERSION < (5, 0)
 """transformers 4 brings the tensors of a folder one by one, 5 those of a layer together."""
 
 _ANYWHERE = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -53,7 +53,7 @@ class Parts(WeightConverter):
     """Brings the parts of a layer's quantized weight together."""
 
     def __init__(self, swap: Swap) -> None:
-        super().__init__(list(torch_state.PARTS), "weight", [Take(swap)])
+        super().__init__(list(torch_state.PARTS), "weight", operations=[Take(swap)])
         self._layers = _Layers(swap)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:

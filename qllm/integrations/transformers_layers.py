@@ -7,6 +7,7 @@ than one weight is held unquantized. Which loader brings it does not matter here
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from .torch_quantize import is_head, linear_layers, obstacle, put, quantized_lay
 
 
 class Swap:
-    """The linear layers of `model`, whose weights have not arrived.
+    """The linear layers of a model of transformers whose weights have not arrived.
 
     They become quantized as `config` says; with `stored` the weights are quantized already, and
     what they are decides, not `config`. Raises where nothing is selected, or cannot be done.
@@ -45,7 +46,8 @@ class Swap:
         """What kept a weight from being quantized or read, where it could not be raised."""
 
     def _refuse_tied_head(self) -> None:
-        tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
+        config: Any = self.model.config
+        tied = config.get_text_config(decoder=True).tie_word_embeddings
         for name, layer in linear_layers(self.model):
             if tied and self.selects(name) and is_head(self.model, layer):
                 raise QllmUnsupportedError(
