@@ -187,6 +187,7 @@ def test_options(folders: dict[str, Path]) -> None:
     layer = model.model.layers[1].mlp.up_proj
     assert (layer.blocksize, layer.compute, layer.weight_dtype) == (128, "exact", torch.float16)
     assert model.lm_head.weight.dtype == model.dtype == torch.float16
+    assert '"skip": [' in repr(model.config.quantization_config)
     whole = load(folders["llama"], "int8", quantize_head=True, int8_threshold=3)
     assert isinstance(whole.lm_head, Linear) and whole.lm_head.int8_threshold == 3
     assert whole.hf_quantizer.is_trainable and whole.hf_quantizer.is_serializable()
@@ -288,6 +289,19 @@ def test_layers_without_a_weight_in_the_folder_stay_new(folders: dict[str, Path]
     assert type(model.score) is torch.nn.Linear and model.score.weight.requires_grad
     assert torch.isfinite(model.score.weight).all() and not model.score.weight.is_meta
     assert sum(isinstance(layer, Linear) for layer in model.modules()) == 14
+
+
+def test_a_model_and_its_body_load_each_other(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their folders differ in the prefix of names, and in the output embedding."""
+    whole = load(folders["llama"], "int8", quantize_head=True)
+    whole.save_pretrained(tmp_path / "whole")
+    body = transformers.AutoModel.from_pretrained(tmp_path / "whole", dtype="auto")
+    assert same_state(body, whole.model)
+    body.save_pretrained(tmp_path / "body")
+    again = load(tmp_path / "body")
+    assert same_state(again.model, whole.model) and type(again.lm_head) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("format", ["nf4-dq", "int8"])

@@ -111,6 +111,11 @@ class QllmConfig(QuantizationConfigMixin):
             self.format, self.include, self.skip, self.blocksize, self.quantize_head
         )
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All members; transformers 4 writes configs by it."""
+        members: dict[str, Any] = self.to_dict()
+        return members
+
     @classmethod
     def from_bnb(cls, config: Mapping[str, Any], compute: str = "auto") -> QllmConfig:
         """From the members of a `BitsAndBytesConfig`, as `QuantConfig.from_bnb`; for a folder of
