@@ -77,17 +77,6 @@ GPU_DEVICE inline float linear_act(int activation, float x)
     }
 }
 
-GPU_DEVICE inline void linear_store(const linear_args &a, int weight, int row, int token, float v)
-{
-    const gpu_linear_output &out = a.output;
-    float *y = out.y[weight] + token * out.stride[weight] + row;
-    switch (out.after) {
-    case GPU_AFTER_ADD: *y += v; break;
-    case GPU_AFTER_ACT: *y = linear_act(out.activation, v); break;
-    default: *y = v; break;
-    }
-}
-
 /* Elements at[0] + i and at[1] + i of a head, already rotated. */
 GPU_DEVICE inline void linear_store_head(const linear_args &a, const linear_unit &unit, int i,
                                          int token, float first, float second)
@@ -114,16 +103,11 @@ GPU_DEVICE inline void linear_store_head(const linear_args &a, const linear_unit
         stored[unit.at[1]] = gpu_float_to_bf16(second);
 }
 
-/* The two values of a pair of tiles at row i of each; `second` has no meaning without a tile. */
-GPU_DEVICE inline void linear_store_pair(const linear_args &a, const linear_unit &unit, int i,
-                                         int token, float first, float second)
+/* A query, key or value: elements i of the two tiles of a unit, before rotation. */
+GPU_DEVICE inline void linear_turn_head(const linear_args &a, const linear_unit &unit, int i,
+                                        int token, float first, float second)
 {
     const gpu_heads &h = a.output.heads;
-    if (a.output.after == GPU_AFTER_GATE) {
-        a.output.y[0][token * a.output.stride[0] + unit.tile[0] * GPU_TILE_ROWS + i] =
-            linear_act(a.output.activation, first) * second;
-        return;
-    }
     if (unit.kind != LINEAR_VALUE && unit.at[0] < h.half) {
         int64_t angle = (int64_t)h.positions[token] * h.half + unit.at[0] + i;
         float cos = gpu_load(h.cos + angle), sin = gpu_load(h.sin + angle), old = first;
@@ -131,6 +115,27 @@ GPU_DEVICE inline void linear_store_pair(const linear_args &a, const linear_unit
         second = gpu_fma(second, cos, old * sin);
     }
     linear_store_head(a, unit, i, token, first, second);
+}
+
+/* Row i of a unit's tile, or of its two; `second` has no meaning without a second one, and nothing
+ * has where the weight has no such row. */
+GPU_DEVICE inline void linear_store(const linear_args &a, const linear_unit &unit, int i, int token,
+                                    float first, float second)
+{
+    const gpu_linear_output &out = a.output;
+    int weight = unit.weight[0], row = unit.tile[0] * GPU_TILE_ROWS + i;
+    if (row >= a.weight[weight].rows)
+        return;
+    if (out.after == GPU_AFTER_HEADS) {
+        linear_turn_head(a, unit, i, token, first, second);
+        return;
+    }
+    float *y = out.y[weight] + token * out.stride[weight] + row, v = first;
+    if (out.after == GPU_AFTER_ACT || out.after == GPU_AFTER_GATE)
+        v = linear_act(out.activation, v);
+    if (out.after == GPU_AFTER_GATE)
+        v = v * second;
+    *y = out.after == GPU_AFTER_ADD ? *y + v : v;
 }
 
 #endif

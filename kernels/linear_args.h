@@ -53,6 +53,7 @@ typedef struct linear_args {
     int cols, across;      /* columns; tiles across */
     int blocks, shift;     /* 4-bit: blocks in a row, log2(blocksize / 64) */
     int units, paired;     /* a unit is a row of tiles, or a pair of them (linear_unit) */
+    int units_each, units_more; /* of a block of skinny.cu; one more for the first of them */
     int first, rows;       /* rows of x of this launch */
     linear_panel panel;
     gpu_linear_input input;

@@ -64,20 +64,22 @@ GPU_DEVICE inline void find_tile(const linear_args &a, int unit, int end, int r,
     *tile = second == 0 ? u.tile[0] : u.tile[1];
 }
 
+/* By a whole warp, of which lane r finds row r of tiles for all. */
 template <int FORM, int RT, int UK>
 GPU_DEVICE inline group<FORM, RT> find_group(const linear_args &a, int unit, int end)
 {
     enum { LOADS = linear_loads(FORM) };
     group<FORM, RT> g;
-    int lane = threadIdx.x % LANES, first_weight, first_tile;
-    find_tile(a, unit, end, 0, &first_weight, &first_tile);
+    int lane = threadIdx.x % LANES, my_weight, my_tile;
+    find_tile(a, unit, end, lane % RT, &my_weight, &my_tile);
+    int place = my_tile * GPU_LINEAR_WEIGHTS + my_weight;
+    int first = gpu_shfl(GPU_FULL_WARP, place, 0);
 GPU_UNROLL
     for (int r = RT - 1; r >= 0; r--) { /* a lane without a scale of its own takes of the last */
-        int weight, tile;
-        find_tile(a, unit, end, r, &weight, &tile);
-        if (tile < 0)
-            weight = first_weight, tile = first_tile;
-        const linear_matrix &w = a.weight[weight];
+        int found = r == 0 ? first : gpu_shfl(GPU_FULL_WARP, place, r);
+        found = found < 0 ? first : found;
+        int tile = found / GPU_LINEAR_WEIGHTS;
+        const linear_matrix &w = a.weight[found % GPU_LINEAR_WEIGHTS];
         g.data[r] = w.data + (int64_t)tile * a.across * LOADS * LANES + lane;
         if (FORM == LINEAR_4BIT)
             g.scale[r] = (const float2 *)(const void *)w.absmax + (int64_t)tile * a.blocks * 8 +
@@ -342,36 +344,26 @@ GPU_UNROLL
                                sums.first_row + n * 8 + p.token, (float)total, (int32_t)total);
 }
 
+/* The same for the unit that holds row r of tiles: of one tile, or of the two of a pair. */
 template <int FORM, int RT, int NT, int SLICES>
-GPU_DEVICE inline void finish_tile(const linear_args &a, const sums_view &sums, char *panel,
-                                   int unit, int end, int r, int n, int c, int lane)
+GPU_DEVICE inline void finish_output(const linear_args &a, const sums_view &sums, char *panel,
+                                     int unit, int end, int r, int n, int c, int lane)
 {
-    int weight, tile;
+    int index = unit + (a.paired ? r / 2 : r);
+    if (index >= end)
+        return;
+    linear_unit u = linear_unit_at(a, index);
     linear_place p = linear_place_of(c, lane);
-    find_tile(a, unit, end, r, &weight, &tile);
-    if (tile < 0 || tile * GPU_TILE_ROWS + p.row >= a.weight[weight].rows)
-        return;
-    float v = add_slices<FORM, RT, NT, SLICES>(a, sums, panel, weight, tile, r, n, c, lane);
-    linear_store(a, weight, tile * GPU_TILE_ROWS + p.row, sums.first_row + n * 8 + p.token, v);
-}
-
-template <int FORM, int RT, int NT, int SLICES>
-GPU_DEVICE inline void finish_pair(const linear_args &a, const sums_view &sums, char *panel,
-                                   int unit, int end, int r, int n, int c, int lane)
-{
-    if (unit + r / 2 >= end)
-        return;
-    linear_unit u = linear_unit_at(a, unit + r / 2);
-    linear_place p = linear_place_of(c, lane);
-    if (u.tile[0] * GPU_TILE_ROWS + p.row >= a.weight[u.weight[0]].rows)
-        return;
-    float first = add_slices<FORM, RT, NT, SLICES>(a, sums, panel, u.weight[0], u.tile[0], r, n, c,
-                                                   lane);
-    float second = 0.0f;
-    if (u.tile[1] >= 0)
-        second = add_slices<FORM, RT, NT, SLICES>(a, sums, panel, u.weight[1], u.tile[1], r + 1, n,
-                                                  c, lane);
-    linear_store_pair(a, u, p.row, sums.first_row + n * 8 + p.token, first, second);
+    float first = 0.0f, second = 0.0f;
+GPU_NO_UNROLL
+    for (int h = 0; h < (RT > 1 && a.paired ? 2 : 1); h++) { /* not unrolled: it is large */
+        int weight = h == 0 ? u.weight[0] : u.weight[1], tile = h == 0 ? u.tile[0] : u.tile[1];
+        if (tile < 0 || tile * GPU_TILE_ROWS + p.row >= a.weight[weight].rows)
+            continue;
+        second = add_slices<FORM, RT, NT, SLICES>(a, sums, panel, weight, tile, r + h, n, c, lane);
+        first = h == 0 ? second : first;
+    }
+    linear_store(a, u, p.row, sums.first_row + n * 8 + p.token, first, second);
 }
 
 /* Gives away outputs first, first + step, ... of a group: those of rows of x that are there. */
@@ -383,10 +375,8 @@ GPU_DEVICE inline void finish_outputs(const linear_args &a, const sums_view &sum
         int r = i / (NT * 4 * LANES), n = i / (4 * LANES) % NT, c = i / LANES % 4;
         if (n * 8 + linear_place_of(c, i % LANES).token >= sums.rows)
             continue;
-        if (!a.paired)
-            finish_tile<FORM, RT, NT, SLICES>(a, sums, panel, unit, end, r, n, c, i % LANES);
-        else if (RT > 1 && r % 2 == 0)
-            finish_pair<FORM, RT, NT, SLICES>(a, sums, panel, unit, end, r, n, c, i % LANES);
+        if (!a.paired || (RT > 1 && r % 2 == 0))
+            finish_output<FORM, RT, NT, SLICES>(a, sums, panel, unit, end, r, n, c, i % LANES);
     }
 }
 

@@ -56,6 +56,20 @@ GPU_DEVICE inline void finish(const linear_args &a, char *shared, char *panel, i
     gpu_sync_block();
 }
 
+/* What comes before the first group, while its tiles are on their way. */
+template <int FORM, int RT, int NT, bool RESIDENT>
+GPU_DEVICE inline void prepare(const linear_args &a, char *shared, char *panel)
+{
+    typedef shared_layout<FORM> at;
+    if (is_4bit(FORM))
+        fill_tables<FORM>(a, shared, shared + at::nested_at(RT, NT));
+    gpu_wait_for_previous();
+    if (RESIDENT)
+        linear_prepare<FORM == LINEAR_INT8>(
+            a, panel, (float *)(void *)(shared + at::work_at(RT, NT)), 0, a.rows);
+    gpu_sync_block();
+}
+
 /* RESIDENT: the block prepares its own panel of at most 8 rows in shared memory; otherwise the
  * panel lies in input.scratch. */
 template <int FORM, int RT, int NT, bool RESIDENT>
@@ -69,26 +83,21 @@ skinny(const linear_args a)
     gpu_let_next_start();
     int lane = threadIdx.x % LANES;
     int warp = gpu_shfl(GPU_FULL_WARP, (int)threadIdx.x / LANES, 0); /* the same for all lanes */
-    int unit = (int)((int64_t)a.units * blockIdx.x / gridDim.x);
-    int last = (int)((int64_t)a.units * (blockIdx.x + 1) / gridDim.x);
+    int block = (int)blockIdx.x, more = block < a.units_more ? block : a.units_more;
+    int unit = block * a.units_each + more;
+    int last = unit + a.units_each + (block < a.units_more);
     int begin = a.across * warp / GPU_SLICES, end = a.across * (warp + 1) / GPU_SLICES;
     int step = a.paired ? RT / 2 : RT;
-    group<FORM, RT> here = find_group<FORM, RT, UK>(a, unit, last);
-    turn<FORM, RT, UK> even = {}, odd = {};
-    ask<FORM, RT, UK>(a, here, begin, end, &even);
     char *nested = shared + at::nested_at(RT, NT);
-    if (is_4bit(FORM))
-        fill_tables<FORM>(a, shared, nested);
-    gpu_wait_for_previous();
     char *panel = RESIDENT ? shared + at::panel_at(RT, NT) : (char *)a.input.scratch;
-    if (RESIDENT)
-        linear_prepare<FORM == LINEAR_INT8>(
-            a, panel, (float *)(void *)(shared + at::work_at(RT, NT)), 0, a.rows);
-    gpu_sync_block();
     int row = a.first + (RESIDENT && lane / 4 >= a.rows ? a.rows - 1 : lane / 4);
     const char *x = panel + a.panel.values + row * a.panel.stride +
                     lane % 4 * (FORM == LINEAR_INT8 ? 16 : 32);
     int x_step = 8 * a.panel.stride;
+    group<FORM, RT> here = find_group<FORM, RT, UK>(a, unit, last);
+    turn<FORM, RT, UK> even = {}, odd = {};
+    ask<FORM, RT, UK>(a, here, begin, end, &even);
+    prepare<FORM, RT, NT, RESIDENT>(a, shared, panel);
     while (unit < last) {
         sum acc[RT][NT][4] = {};
         for (int k = begin; k < end; k += 2 * UK) { /* two turns, so that none is copied */
@@ -114,9 +123,12 @@ qllm_gpu_error launch(const linear_args &a, const linear_shape &shape, gpu_strea
 {
     int shared = shared_layout<FORM>::panel_at(RT, NT) + (RESIDENT ? a.panel.bytes : 0);
     int step = a.paired ? RT / 2 : RT, steps = (a.units + step - 1) / step;
-    int blocks = linear_blocks(shape, shared);
-    return GPU_LAUNCH_DEPENDENT((skinny<FORM, RT, NT, RESIDENT>), blocks < steps ? blocks : steps,
-                                LINEAR_THREADS, shared, stream, a);
+    int most = linear_blocks(shape, shared), blocks = most < steps ? most : steps;
+    linear_args args = a;
+    args.units_each = a.units / blocks;
+    args.units_more = a.units % blocks;
+    return GPU_LAUNCH_DEPENDENT((skinny<FORM, RT, NT, RESIDENT>), blocks, LINEAR_THREADS, shared,
+                                stream, args);
 }
 
 /* Rows of tiles that a warp takes at once: as many as a block has, up to what fits the registers;

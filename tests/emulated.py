@@ -8,7 +8,8 @@
 
 A C function for tests takes pointers, int64_t, float or bool, and last a qllm_error *; it returns a
 qllm_status.  Set in the environment of a call: QLLM_EMULATE_ORDER=reversed, QLLM_EMULATE_THREADS,
-QLLM_EMULATE_STREAMS=late, QLLM_EMULATE_GRAPHS=0, QLLM_EMULATE_MEMORY (kernels/emulate).
+QLLM_EMULATE_STREAMS=late, QLLM_EMULATE_GRAPHS=0, QLLM_EMULATE_MEMORY, QLLM_EMULATE_DEVICES (their
+number; kernels/emulate).
 
 QLLM_TEST_SANITIZE=1 builds for the address and undefined-behaviour sanitizers, whose runtime must
 then be preloaded; QLLM_TEST_CUDA=1 takes qllm/_cuda.so, built with QLLM_TEST_HOOKS=1, instead.
@@ -62,11 +63,11 @@ def compilers() -> tuple[list[str], list[str]]:
 
 
 def build_rules() -> dict[str, list[str]]:
-    """COMMON and DEVICE_C of setup.py."""
+    """COMMON, DEVICE_C and CUDA_ARCHES of setup.py."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id in ("COMMON", "DEVICE_C")}
+            and node.targets[0].id in ("COMMON", "DEVICE_C", "CUDA_ARCHES")}
 
 
 def processor_flags() -> list[str]:
