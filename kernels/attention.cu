@@ -608,10 +608,25 @@ qllm_gpu_error launch_form(const gpu_device *device, const gpu_attention *a,
 
 } // namespace
 
+/* Whether the forms on the tensor cores take heads of that width. */
+static bool fits_tensor_cores(int64_t head_dim)
+{
+    return head_dim <= MOST_HEAD_DIM && head_dim % 8 == 0;
+}
+
+const char *gpu_attention_name(int64_t head_dim)
+{
+    return fits_tensor_cores(head_dim)
+               ? "bf16 keys and values; tensor cores, in splits of 256 positions side by side for "
+                 "few rows of a sequence, one after the other for many"
+               : "bf16 keys and values; without tensor cores, which take heads of 8, 16, ... 256 "
+                 "elements";
+}
+
 gpu_attention_form gpu_attention_choose(const gpu_attention *a, int sequences)
 {
     enum { MANY_ROWS = 8 }; /* of a sequence */
-    if (a->head_dim > MOST_HEAD_DIM || a->head_dim % 8 != 0)
+    if (!fits_tensor_cores(a->head_dim))
         return GPU_ATTENTION_PLAIN;
     bool many = (int64_t)sequences * MANY_ROWS <= a->rows;
     return many || !partials_fit(a) ? GPU_ATTENTION_ROWS : GPU_ATTENTION_SPLITS;

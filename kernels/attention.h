@@ -55,6 +55,9 @@ typedef struct gpu_attention {
 /* The form for a number of rows that stand for `sequences` runs of rows of one sequence. */
 gpu_attention_form gpu_attention_choose(const gpu_attention *attention, int sequences);
 
+/* What the forms of heads of that width are called, in words. Static. */
+const char *gpu_attention_name(int64_t head_dim);
+
 /* Bytes of scratch, the same for all forms. */
 int64_t gpu_attention_scratch(const gpu_attention *attention);
 

@@ -1,6 +1,7 @@
 /* The GPU's entry in the table of devices. */
 #include <string.h>
 
+#include "attention.h"
 #include "decoder.h"
 #include "driver.h"
 
@@ -86,7 +87,7 @@ static qllm_status fill(qllm_decoder *decoder, const qllm_decoder_config *config
     decoder->exact = options->compute == QLLM_COMPUTE_EXACT;
     decoder->int8_threshold = options->int8_threshold;
     decoder->int8_batch = options->int8_batch;
-    qllm_status status = gpu_device_open(0, &decoder->device, error);
+    qllm_status status = gpu_device_open(options->index, &decoder->device, error);
     name_variant(&decoder->device, decoder->variant, sizeof decoder->variant);
     if (status == QLLM_OK)
         status = gpu_stream_create(&decoder->stream, error);
@@ -332,6 +333,8 @@ static void info(const qllm_decoder *decoder, qllm_decoder_info *out)
     *out = {};
     out->variant = decoder->variant;
     out->model = decoder->device.name;
+    out->attention = decoder->exact ? "float32 keys and values"
+                                    : gpu_attention_name(decoder->config.head_dim);
     out->compute = qllm_compute_name(decoder->exact ? QLLM_COMPUTE_EXACT : QLLM_COMPUTE_AUTO);
     out->threads = 1;
     out->int8_threshold = decoder->int8_threshold;
@@ -348,11 +351,11 @@ static int kernels(qllm_decoder *decoder, qllm_format format, const char **names
 
 /* the table ------------------------------------------------------------------------------------ */
 
-static qllm_status device(qllm_device_facts *out, qllm_error *error)
+static qllm_status device(int index, qllm_device_facts *out, qllm_error *error)
 {
     gpu_device found;
     *out = {};
-    qllm_status status = gpu_device_open(0, &found, error);
+    qllm_status status = gpu_device_open(index, &found, error);
     if (status != QLLM_OK)
         return status;
     qllm_format_text(out->name, sizeof out->name, "%s", found.name);

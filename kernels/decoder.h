@@ -172,7 +172,7 @@ qllm_status gpu_step_head(qllm_decoder *decoder, const float *hidden, int64_t n,
                           qllm_error *error);
 
 /* limits.cu: as in core/backend.h. */
-qllm_status gpu_limits(int64_t bytes, qllm_device_limits *out, qllm_error *error);
+qllm_status gpu_limits(int index, int64_t bytes, qllm_device_limits *out, qllm_error *error);
 
 /* sampler.cu.  Draws from rows of logits on the device, (rows, vocab): rows [first, first + rows)
  * of those that the draws name.  Waits for the results, which have the bits of qllm_sample.  Errors

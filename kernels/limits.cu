@@ -5,7 +5,7 @@
 
 namespace {
 
-enum { THREADS = 512, LOADS = 8, EDGES = 200, TRIES = 5, PASSES = 4 };
+enum { THREADS = 512, EDGE_THREADS = 128, LOADS = 8, EDGES = 200, TRIES = 5, PASSES = 4 };
 
 /* Reads n 16-byte words once; the exclusive or of what each thread has read goes out. */
 GPU_KERNEL void GPU_KERNEL_BOUNDS(THREADS, 2) read_all(const uint4 *from, int64_t n, unsigned *out)
@@ -84,10 +84,10 @@ qllm_gpu_error time_calls(probe *p, qllm_gpu_error (*once)(probe *), double *sec
 qllm_gpu_error launch_edges(probe *p, bool dependent)
 {
     qllm_gpu_error code = 0;
+    int blocks = p->device.multiprocessors;
     for (int i = 0; code == 0 && i < EDGES; i++)
-        code = dependent
-            ? GPU_LAUNCH_DEPENDENT(nothing, p->device.multiprocessors, THREADS, 0, p->stream, i)
-            : GPU_LAUNCH(nothing, p->device.multiprocessors, THREADS, 0, p->stream, i);
+        code = dependent ? GPU_LAUNCH_DEPENDENT(nothing, blocks, EDGE_THREADS, 0, p->stream, i)
+                         : GPU_LAUNCH(nothing, blocks, EDGE_THREADS, 0, p->stream, i);
     return code;
 }
 
@@ -114,11 +114,11 @@ qllm_gpu_error time_edge(probe *p, bool dependent, double *seconds)
     return code;
 }
 
-qllm_status open_probe(probe *p, int64_t bytes, qllm_error *error)
+qllm_status open_probe(probe *p, int index, int64_t bytes, qllm_error *error)
 {
     *p = {};
     p->bytes = bytes / 16 * 16;
-    qllm_status status = gpu_device_open(0, &p->device, error);
+    qllm_status status = gpu_device_open(index, &p->device, error);
     p->blocks = 4 * p->device.multiprocessors;
     if (status == QLLM_OK)
         status = gpu_stream_create(&p->stream, error);
@@ -144,7 +144,7 @@ void close_probe(probe *p)
 
 } // namespace
 
-qllm_status gpu_limits(int64_t bytes, qllm_device_limits *out, qllm_error *error)
+qllm_status gpu_limits(int index, int64_t bytes, qllm_device_limits *out, qllm_error *error)
 {
     probe p;
     double read = INFINITY, copied = INFINITY;
@@ -152,7 +152,7 @@ qllm_status gpu_limits(int64_t bytes, qllm_device_limits *out, qllm_error *error
     if (bytes < 16)
         return qllm_fail(error, QLLM_VALUE, "nbytes: expected at least 16, found %lld",
                          (long long)bytes);
-    qllm_status status = open_probe(&p, bytes, error);
+    qllm_status status = open_probe(&p, index, bytes, error);
     if (status == QLLM_OK) {
         qllm_gpu_error code = time_calls(&p, read_once, &read);
         if (code == 0)

@@ -46,8 +46,8 @@ qllm_status gpu_device_open(int index, gpu_device *out, qllm_error *error)
     if (status != QLLM_OK)
         return status;
     if (index < 0 || index >= count)
-        return qllm_fail(error, QLLM_VALUE, "device \"%s:%d\": there are %d, counted from 0",
-                         GPU_BACKEND_NAME, index, count);
+        return qllm_fail(error, QLLM_VALUE, "device \"%s:%d\": there are %d, counted from 0; use "
+                         "device=\"%s\"", GPU_BACKEND_NAME, index, count, GPU_BACKEND_NAME);
     code = gpu_driver_use(index);
     if (code == 0)
         code = gpu_driver_describe(index, out);

@@ -352,7 +352,8 @@ class DeviceInfo(TypedDict):
     free: int
 
 def device_info(device: str, /) -> DeviceInfo | None:
-    """A device that is not the processor, opened when asked for; None for "cpu"."""
+    """A device that is not the processor ("cuda", or "cuda:1"), opened when asked for; None for
+    "cpu"."""
 
 @type_check_only
 class DeviceLimits(TypedDict):
@@ -477,7 +478,7 @@ class Decoder:
         """Logits (n, vocab) of hidden states; needs the final norm and the head alone.
         head(blocks(sequences, embed(tokens))) has the bits of step."""
     def info(self) -> dict[str, Any]:
-        """device, isa, threads, cpu_model, compute, kernels ({format: [names]}), int8_threshold,
-        int8_outliers."""
+        """device, isa, threads, cpu_model, compute, attention (how keys and values are held and
+        read), kernels ({format: [names]}), int8_threshold, int8_outliers."""
     def nbytes(self) -> dict[str, int]:
         """weights, embedding (0 when it is the head's weight), kv_cache, scratch."""

@@ -343,7 +343,8 @@ def _eos(value: Any) -> tuple[int, ...] | None:
 
 
 DEVICES = ("cpu", "cuda")
-"""Where a model can compute: the processor, or an NVIDIA GPU where `qllm info` names one."""
+"""Where a model can compute: the processor, or an NVIDIA GPU where `qllm info` names one; of
+several GPUs the first, unless a number is given ("cuda:1" is the second)."""
 
 COMPUTES = ("exact", "auto", "int8")
 """float32 activations; the fastest rounding of activations that is no coarser than bfloat16; int8

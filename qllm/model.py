@@ -501,6 +501,7 @@ class Model:
             bytes=dict(self.decoder.nbytes()),
             device=decoder["device"],
             compute=decoder["compute"],
+            attention=decoder["attention"],
             isa=decoder["isa"],
             threads=decoder["threads"],
             cpu=decoder["cpu_model"],

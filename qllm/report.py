@@ -101,8 +101,9 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class ModelInfo:
     """What a loaded model is. `formats` counts its linear layers by format; `bytes` are those that
-    the decoder holds now, by class; `kernels` are the names of the kernels that each format in use
-    runs with; `compute` is the mode that runs."""
+    the decoder holds now, by class; `compute` is the mode that runs, `attention` how keys and
+    values are held and read; `kernels` are the names of the kernels that each format in use runs
+    with."""
 
     name: str
     architecture: str
@@ -116,6 +117,7 @@ class ModelInfo:
     bytes: dict[str, int]
     device: str
     compute: str
+    attention: str
     isa: str
     threads: int
     cpu: str
@@ -149,6 +151,7 @@ class ModelInfo:
             ("device", f"{self.device}, {self.isa}" + threads),
             ("processor" if self.device == "cpu" else "GPU", self.cpu),
             ("compute", self.compute),
+            ("attention", self.attention),
         ]
         lines += [("kernels", f"{name}: {', '.join(run)}") for name, run in self.kernels.items()]
         if "int8" in self.formats:

@@ -80,6 +80,19 @@ def test_as_on_the_processor_with_auto(test: Callable[[Any], None]) -> None:
     test(OnDevice(Weights(config, "nf4", seed=5), "auto"))
 
 
+def test_the_embedding_can_be_the_heads_weight_in_tiles() -> None:
+    """Both kernels that no other test here runs: heads with a norm of their own, and this."""
+    weights = Weights(llama(layers=1, hidden=64, qk_norm=True), "bf16", seed=5)
+    decoders = [OnDevice(weights, "auto").decoder() for _ in range(2)]
+    for decoder in decoders:
+        decoder.set_linear("head", _core.quantize(weights.arrays["embedding"], "bf16"))
+    decoders[0].tie_embedding()
+    decoders[1].set_embedding(_core.quantize(weights.arrays["embedding"], "bf16"))
+    assert decoders[0].nbytes()["embedding"] == 0 < decoders[1].nbytes()["embedding"]
+    tied, apart = (prefill(decoder, tokens(5)) for decoder in decoders)
+    assert np.array_equal(tied, apart) and tied.std() > 0.1
+
+
 def test_bad_weights_are_refused_as_on_the_processor() -> None:
     weights = OnDevice(Weights(llama(), "f32", seed=5))
     test_decoder_arguments.test_bad_weights_are_refused_and_the_old_ones_stay(weights)
@@ -364,3 +377,8 @@ def test_options_and_info(usual: OnDevice) -> None:
     fast.load_linear("head", np.zeros((VOCAB, 64), np.float32), "nf4")
     kernels = fast.info()["kernels"]["nf4"]
     assert kernels and all("exact" not in name for name in kernels)
+    odd = _core.Decoder(llama(head_dim=12, rotary_dim=12), device=device, compute="auto")
+    for made, words in ((decoder, "float32 keys and values"),
+                        (fast, "bf16 keys and values; tensor cores, in splits"),
+                        (odd, "bf16 keys and values; without tensor cores")):
+        assert made.info()["attention"].startswith(words)

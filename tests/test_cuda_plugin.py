@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import emulated
 import qllm
 from qllm import _core
-from reference_decoder import llama
+from reference_decoder import Weights, llama, prefill, tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,14 +74,39 @@ def test_files_that_are_no_plugin(tmp_path: Path) -> None:
 
 
 def test_a_plugin_is_registered_once_under_its_own_name() -> None:
-    library = emulated.library()
-    name = _core._load_device(library)
+    library, name = emulated.library(), emulated.name()
     assert _core._load_device(library) == name
     found = _core.device_info(name)
     assert 0 <= found["free"] <= found["memory"] and found["name"] and found["driver"]
     assert _core.Decoder(llama(), device=name).info()["device"] == name
     with pytest.raises(qllm.QllmUnsupportedError, match=f"use one of: cpu.*{name}"):
         _core.Decoder(llama(), device="tpu")
+
+
+@emulated.without_a_gpu
+def test_one_of_several_gpus_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLLM_EMULATE_DEVICES", "2")
+    weights = Weights(llama(layers=1), "f32")
+    logits = []
+    for device in ("emulated", "emulated:0", "emulated:1"):
+        decoder, facts = weights.decoder(device=device), _core.device_info(device)
+        assert facts is not None and decoder.info()["device"] == device
+        assert decoder.info()["cpu_model"] == facts["name"]
+        logits.append(prefill(decoder, tokens(3)))
+    assert facts["name"] == "emulated GPU 1" and np.ptp(logits, axis=0).max() == 0
+    for wrong, words in (
+        ("emulated:2", 'device "emulated:2": there are 2, counted from 0; use device="emulated"'),
+        ("emulated:", "'emulated:': expected the number of a GPU behind the colon, as in 'emulat"),
+        ("emulated:-1", "expected the number of a GPU"),
+        ("emulated:99999999999", "expected the number of a GPU"),
+        ("cpu:0", "device 'cpu:0': a processor has no number; use device='cpu'"),
+    ):
+        for ask in (_core.device_info, lambda name: _core.device_limits(name, 64),
+                    lambda name: _core.Decoder(llama(), device=name)):
+            with pytest.raises(qllm.QllmValueError, match=words):
+                ask(wrong)
+    with pytest.raises(qllm.QllmUnsupportedError, match="device 'tpu' is not offered"):
+        _core.Decoder(llama(), device="tpu:1")
 
 
 def test_cuda_is_looked_for_beside_the_extension(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_info_names_what_runs(small: Weights) -> None:
     info = decoder.info()
     assert info["device"] == "cpu" and info["threads"] == 1 and info["compute"] == "exact"
     assert info["isa"] in ISAS and isinstance(info["cpu_model"], str)
-    assert set(info["kernels"]) == {"f32", "nf4"}
+    assert set(info["kernels"]) == {"f32", "nf4"} and info["attention"].startswith("float32")
     assert all(name for names in info["kernels"].values() for name in names)
     assert (info["int8_threshold"], info["int8_outliers"]) == (6.0, "row")
 

@@ -16,7 +16,7 @@
 #include "core/qweight.h"
 #include "core/sampler.h"
 
-enum { QLLM_BACKEND_ABI = 4, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
+enum { QLLM_BACKEND_ABI = 5, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
 
 struct qllm_decoder_config; /* decoder/config.h: the same for every device */
 
@@ -24,6 +24,7 @@ typedef struct qllm_decoder qllm_decoder;   /* each device defines its own */
 typedef struct qllm_sequence qllm_sequence; /* keys and values of one sequence, on the device */
 
 typedef struct qllm_decoder_options {
+    int index;            /* of the devices of this kind, from 0 on; a CPU: 0 */
     const char *variant;  /* of the kernels (a CPU: instruction set); NULL: the device's choice */
     int threads;          /* host threads; 0: the device's choice */
     qllm_compute compute;
@@ -67,6 +68,7 @@ typedef struct qllm_decoder_info {
     const char *variant; /* texts live as long as the decoder */
     const char *model;   /* of the processor */
     const char *compute; /* "exact", "auto" or "int8" */
+    const char *attention; /* in which type keys and values are held, and what reads them */
     int threads;
     float int8_threshold;
     bool int8_batch;
@@ -93,10 +95,10 @@ typedef struct qllm_backend {
     int abi;          /* QLLM_BACKEND_ABI of the headers it was built with */
     const char *name; /* "cpu" */
 
-    /* NULL: the device is the processor. */
-    qllm_status (*device)(qllm_device_facts *out, qllm_error *error);
+    /* The device of that index; NULL: the device is the processor. */
+    qllm_status (*device)(int index, qllm_device_facts *out, qllm_error *error);
     /* Measures it with twice `bytes` of its memory; NULL: not offered. */
-    qllm_status (*limits)(int64_t bytes, qllm_device_limits *out, qllm_error *error);
+    qllm_status (*limits)(int index, int64_t bytes, qllm_device_limits *out, qllm_error *error);
 
     /* The config and what it points to are copied. */
     qllm_status (*decoder_create)(const struct qllm_decoder_config *config,

@@ -284,6 +284,7 @@ static void info(const qllm_decoder *decoder, qllm_decoder_info *out)
         .variant = qllm_isa_name(decoder->isa),
         .model = qllm_cpu_features_get()->model,
         .compute = qllm_compute_name(decoder->linear_options.compute),
+        .attention = "float32 keys and values",
         .threads = qllm_threads_count(decoder->threads),
         .int8_threshold = decoder->linear_options.int8_threshold,
         .int8_batch = decoder->linear_options.int8_batch,

@@ -66,12 +66,13 @@ static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         return NULL;
     int failed = qllm_parse_config(state, dict, &parsed) < 0;
     if (!failed)
-        failed = qllm_find_device(type, device, &self->backend) < 0;
+        failed = qllm_find_device(type, device, &self->backend, &options.index) < 0;
     if (!failed && self->backend->decoder_create(&parsed.config, &options, &self->decoder,
                                                  &error) != QLLM_OK) {
         qllm_raise(state, &error);
         failed = 1;
     }
+    qllm_format_text(self->device, sizeof self->device, "%s", device);
     qllm_parsed_config_clear(&parsed);
     if (failed)
         Py_CLEAR(self);
@@ -301,10 +302,10 @@ static PyObject *decoder_info(PyObject *object, PyObject *unused)
     if (kernels == NULL)
         return NULL;
     self->backend->info(self->decoder, &info);
-    return Py_BuildValue("{s:s,s:s,s:i,s:s,s:s,s:N,s:d,s:s}", "device", self->backend->name, "isa",
+    return Py_BuildValue("{s:s,s:s,s:i,s:s,s:s,s:s,s:N,s:d,s:s}", "device", self->device, "isa",
                          info.variant, "threads", info.threads, "cpu_model", info.model, "compute",
-                         info.compute, "kernels", kernels, "int8_threshold",
-                         (double)info.int8_threshold, "int8_outliers",
+                         info.compute, "attention", info.attention, "kernels", kernels,
+                         "int8_threshold", (double)info.int8_threshold, "int8_outliers",
                          info.int8_batch ? "batch" : "row");
 }
 
@@ -385,8 +386,8 @@ static PyMethodDef decoder_methods[] = {
      "embedding,\nwhich are all that is needed. head(blocks(sequences, embed(tokens))) has the "
      "bits of step."},
     {"info", decoder_info, METH_NOARGS,
-     "info($self, /)\n--\n\ndevice, isa, threads, cpu_model, compute, kernels ({format: [names]}), "
-     "int8_threshold, int8_outliers."},
+     "info($self, /)\n--\n\ndevice, isa, threads, cpu_model, compute, attention, kernels ({format: "
+     "[names]}), int8_threshold,\nint8_outliers."},
     {"nbytes", decoder_nbytes, METH_NOARGS,
      "nbytes($self, /)\n--\n\n"
      "Bytes held now: weights, embedding, kv_cache, scratch."},

@@ -10,6 +10,7 @@ typedef struct qllm_decoder_object {
     PyObject_HEAD
     const qllm_backend *backend;
     qllm_decoder *decoder;
+    char device[32]; /* as it was asked for: "cpu", "cuda:1" */
 } qllm_decoder_object;
 
 typedef struct qllm_sequence_object {
@@ -60,7 +61,7 @@ qllm_slot qllm_embedding_slot(const qllm_decoder_object *self);
 
 /* The device of that name, which may be a plugin that is loaded now (py_device.c), for the module
  * that defines `type`; 0, or -1 with an exception. */
-int qllm_find_device(PyTypeObject *type, const char *name, const qllm_backend **out);
+int qllm_find_device(PyTypeObject *type, const char *name, const qllm_backend **out, int *index);
 
 /* Adds the functions of py_device.c: part of qllm_setup_decoder. */
 int qllm_setup_device(PyObject *module);

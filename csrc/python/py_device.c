@@ -1,6 +1,7 @@
-/* Devices by name.  The processor is compiled in; others are plugins, shared libraries with the one
- * function of core/backend.h, opened when somebody asks for them.  A plugin that was opened stays,
- * as its table must; one that cannot be used is closed again, and may be tried once more. */
+/* Devices by name: "cpu", "cuda", or "cuda:1" for the second GPU.  The processor is compiled in;
+ * others are plugins, shared libraries with the one function of core/backend.h, opened when
+ * somebody asks for them.  A plugin that was opened stays, as its table must; one that cannot be
+ * used is closed again, and may be tried once more. */
 #include <dlfcn.h>
 #include <string.h>
 #include <unistd.h>
@@ -78,7 +79,7 @@ static PyObject *path_beside(PyObject *module, const char *file)
     return bytes;
 }
 
-static int find_device(PyObject *module, const char *name, const qllm_backend **out)
+static int find_backend(PyObject *module, const char *name, const qllm_backend **out)
 {
     const qllm_state *state = qllm_state_of(module);
     qllm_error error;
@@ -96,9 +97,43 @@ static int find_device(PyObject *module, const char *name, const qllm_backend **
     return result;
 }
 
-int qllm_find_device(PyTypeObject *type, const char *name, const qllm_backend **out)
+/* The number behind the colon of a device's name; -1: there is none such. */
+static int number_of(const char *digits)
 {
-    return find_device(PyType_GetModule(type), name, out);
+    int number = 0;
+    if (digits[0] == '\0')
+        return -1;
+    for (; *digits != '\0'; digits++) {
+        if (*digits < '0' || *digits > '9' || number > 9999)
+            return -1;
+        number = 10 * number + (*digits - '0');
+    }
+    return number;
+}
+
+static int find_device(PyObject *module, const char *name, const qllm_backend **out, int *index)
+{
+    char kind[32];
+    const char *colon = strchr(name, ':');
+    *index = 0;
+    if (colon == NULL || colon - name >= (ptrdiff_t)sizeof kind)
+        return find_backend(module, name, out);
+    qllm_format_text(kind, sizeof kind, "%.*s", (int)(colon - name), name);
+    if (find_backend(module, kind, out) < 0)
+        return -1;
+    *index = number_of(colon + 1);
+    if ((*out)->device != NULL && *index >= 0)
+        return 0;
+    const char *text = (*out)->device == NULL
+        ? "device '%s': a processor has no number; use device='%s'"
+        : "device '%s': expected the number of a GPU behind the colon, as in '%s:0'";
+    qllm_raise_value(qllm_state_of(module), text, name, kind);
+    return -1;
+}
+
+int qllm_find_device(PyTypeObject *type, const char *name, const qllm_backend **out, int *index)
+{
+    return find_device(PyType_GetModule(type), name, out, index);
 }
 
 static PyObject *py_load_device(PyObject *module, PyObject *argument)
@@ -116,6 +151,7 @@ static PyObject *py_device_info(PyObject *module, PyObject *argument)
 {
     const char *name = PyUnicode_Check(argument) ? PyUnicode_AsUTF8(argument) : NULL;
     const qllm_backend *backend;
+    int index;
     qllm_device_facts facts;
     qllm_error error;
     qllm_status status;
@@ -125,12 +161,12 @@ static PyObject *py_device_info(PyObject *module, PyObject *argument)
                          Py_TYPE(argument)->tp_name);
         return NULL;
     }
-    if (find_device(module, name, &backend) < 0)
+    if (find_device(module, name, &backend, &index) < 0)
         return NULL;
     if (backend->device == NULL)
         Py_RETURN_NONE;
     Py_BEGIN_ALLOW_THREADS
-    status = backend->device(&facts, &error);
+    status = backend->device(index, &facts, &error);
     Py_END_ALLOW_THREADS
     if (status != QLLM_OK)
         return qllm_raise(qllm_state_of(module), &error);
@@ -143,17 +179,18 @@ static PyObject *py_device_limits(PyObject *module, PyObject *args)
 {
     const char *name;
     long long nbytes;
+    int index;
     const qllm_backend *backend;
     qllm_device_limits limits;
     qllm_error error;
     qllm_status status;
     if (!PyArg_ParseTuple(args, "sL:device_limits", &name, &nbytes) ||
-        find_device(module, name, &backend) < 0)
+        find_device(module, name, &backend, &index) < 0)
         return NULL;
     if (backend->limits == NULL)
         Py_RETURN_NONE;
     Py_BEGIN_ALLOW_THREADS
-    status = backend->limits(nbytes, &limits, &error);
+    status = backend->limits(index, nbytes, &limits, &error);
     Py_END_ALLOW_THREADS
     if (status != QLLM_OK)
         return qllm_raise(qllm_state_of(module), &error);
@@ -166,9 +203,9 @@ static PyObject *py_device_limits(PyObject *module, PyObject *args)
 static PyMethodDef functions[] = {
     {"device_info", py_device_info, METH_O,
      "device_info($module, device, /)\n--\n\n"
-     "A device that is not the processor: name, variant (of its kernels), driver, memory and free "
-     "(bytes);\nNone for \"cpu\". Opens it, and raises QllmUnsupportedError where it cannot be "
-     "used."},
+     "A device that is not the processor (\"cuda\", or \"cuda:1\"): name, variant (of its "
+     "kernels), driver, memory and\nfree (bytes); None for \"cpu\". Opens it, and raises "
+     "QllmUnsupportedError where it cannot be used."},
     {"device_limits", py_device_limits, METH_VARARGS,
      "device_limits($module, device, nbytes, /)\n--\n\n"
      "What a device that is not the processor can do at best, measured on twice nbytes of its "

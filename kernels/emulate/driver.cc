@@ -224,7 +224,8 @@ qllm_gpu_error gpu_emulate_argument(const char *kernel, int index, const void *p
 
 qllm_gpu_error gpu_driver_count(int *count)
 {
-    *count = 1;
+    const char *set = getenv("QLLM_EMULATE_DEVICES");
+    *count = set != NULL ? atoi(set) : 1;
     return 0;
 }
 
@@ -236,7 +237,10 @@ qllm_gpu_error gpu_driver_use(int)
 qllm_gpu_error gpu_driver_describe(int index, gpu_device *out)
 {
     out->index = index;
-    qllm_format_text(out->name, sizeof out->name, "emulated GPU");
+    if (index == 0)
+        qllm_format_text(out->name, sizeof out->name, "emulated GPU");
+    else
+        qllm_format_text(out->name, sizeof out->name, "emulated GPU %d", index);
     out->multiprocessors = 4;
     out->major = 9;
     out->minor = 0;

@@ -9,7 +9,19 @@ from typing import Any
 from .. import __version__
 from ..config import COMPUTES, DEVICES, FORMATS
 from ..sampling import LOGITS_DTYPES
-from .parser import Answer, Parser, Show, UsageError, names, number, one_of, suggestion, text, whole
+from .parser import (
+    Answer,
+    Parser,
+    Show,
+    UsageError,
+    names,
+    number,
+    one_of,
+    suggestion,
+    text,
+    whole,
+    with_number,
+)
 
 MODEL = ("demo:llama, demo:falcon, a folder with config.json and safetensors files, or a name on"
          " the Hugging Face hub")
@@ -70,8 +82,8 @@ def _model_options(parser: Parser) -> None:
     """What every command takes that loads one model."""
     parser.add_argument("--revision", type=text, metavar="REV",
                         help="branch, tag or commit of a model on the hub")
-    parser.add_argument("--device", type=one_of("device", DEVICES), default="cpu",
-                        metavar="DEVICE", help="cpu (default) or cuda")
+    parser.add_argument("--device", type=with_number("device", DEVICES), default="cpu",
+                        metavar="DEVICE", help="cpu (default), cuda, or cuda:1 and so on")
     parser.add_argument("--threads", type=whole(1), metavar="N",
                         help="threads of the C core (default: one per core)")
     parser.add_argument("--isa", type=text, metavar="NAME",
@@ -233,7 +245,7 @@ def _study(commands: Any) -> None:
                         " tcp://10.0.0.1:8786")
     parser.add_argument("--fresh", action="store_true",
                         help="begin anew where the folder holds a study")
-    parser.add_argument("--device", type=one_of("device", DEVICES), metavar="DEVICE",
+    parser.add_argument("--device", type=with_number("device", DEVICES), metavar="DEVICE",
                         help="where the models compute: cpu or cuda (default: as the profile says)")
     parser.add_argument("--threads", type=whole(1), metavar="N",
                         help="threads of the C core (default: those of the profile)")

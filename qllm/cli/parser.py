@@ -88,6 +88,16 @@ def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
     return convert
 
 
+def with_number(what: str, known: Sequence[str]) -> Callable[[str], str]:
+    """The same for names that a colon and a number may follow: cuda:1."""
+
+    def convert(word: str) -> str:
+        one_of(what, known)(word.partition(":")[0])
+        return word
+
+    return convert
+
+
 def whole(low: int) -> Callable[[str], int]:
     """A type that takes whole numbers from `low`."""
 
