@@ -2,8 +2,9 @@
  *
  * A Llama layer whose weights are tiled is five launches: [norm, q k v, rotation, keys and values
  * into their pages], [attention], [o, added to x], [norm, gate and up, their product], [down, added
- * to x].  A parallel block has the same five, those of the mlp between the first and attention,
- * since both read x before it changes.  What the linear kernels cannot take together (formats that
+ * to x].  A parallel block with one norm is four, since q k v and up read the same rows: [norm, q k v
+ * and up], [attention], [o, added], [down, added]; with two norms five, those of the mlp between the
+ * first and attention.  What the linear kernels cannot take together (formats that
  * differ, heads with a norm of their own or halves that are no multiple of 16) is stored first and
  * goes through a kernel of small.h; what is not tiled at all goes through those of exact.h. */
 
@@ -209,6 +210,18 @@ void store_heads(pass *p, const gpu_weight *const *weights, int n, const gpu_lin
     p->attention.q_group = c->fused_qkv ? width / c->kv_heads : q / c->kv_heads;
 }
 
+/* Queries in rows without gaps, each head in its place. */
+gpu_linear_output heads_output(pass *p)
+{
+    const qllm_decoder_config *c = &p->decoder->config;
+    gpu_linear_output out = {};
+    out.after = GPU_AFTER_HEADS;
+    out.heads = heads_of(p);
+    p->attention.q_stride = c->heads * c->head_dim;
+    p->attention.q_group = p->attention.q_stride / c->kv_heads;
+    return out;
+}
+
 /* Queries into scratch.qkv, keys and values into their pages. */
 void heads(pass *p)
 {
@@ -218,11 +231,7 @@ void heads(pass *p)
     for (int i = 0; i < n; i++)
         weights[i] = weight_of(p, c->fused_qkv ? QLLM_PART_QKV : (qllm_part)(QLLM_PART_Q + i));
     gpu_linear_input in = layer_rows(p, QLLM_PART_ATTENTION_NORM, QLLM_PART_ATTENTION_NORM_BIAS);
-    gpu_linear_output out = {};
-    out.after = GPU_AFTER_HEADS;
-    out.heads = heads_of(p);
-    p->attention.q_stride = c->heads * c->head_dim;
-    p->attention.q_group = p->attention.q_stride / c->kv_heads;
+    gpu_linear_output out = heads_output(p);
     if (c->qk_norm || !together(p, weights, n, &in, &out))
         store_heads(p, weights, n, &in, &out.heads);
 }
@@ -289,6 +298,24 @@ void activations(pass *p, qllm_part norm, qllm_part bias)
                                     p->n * c->intermediate, y[0], d->stream));
 }
 
+/* Heads and inner activations of a parallel block, which read the same rows, in one launch; false:
+ * they do not fit that. */
+bool heads_and_activations(pass *p)
+{
+    const qllm_decoder *d = p->decoder;
+    const qllm_decoder_config *c = &d->config;
+    if (c->block != QLLM_BLOCK_PARALLEL || !c->fused_qkv || c->gated || c->qk_norm)
+        return false;
+    const gpu_weight *weights[2] = {weight_of(p, QLLM_PART_QKV), weight_of(p, QLLM_PART_UP)};
+    gpu_linear_input in = layer_rows(p, QLLM_PART_ATTENTION_NORM, QLLM_PART_ATTENTION_NORM_BIAS);
+    gpu_linear_output out = heads_output(p);
+    out.after = GPU_AFTER_HEADS_ACT;
+    out.y[1] = d->scratch.up;
+    out.stride[1] = c->intermediate;
+    out.activation = c->activation;
+    return together(p, weights, 2, &in, &out);
+}
+
 void layer(pass *p)
 {
     const qllm_decoder_config *c = &p->decoder->config;
@@ -296,9 +323,11 @@ void layer(pass *p)
     bool one_norm = c->block == QLLM_BLOCK_PARALLEL, serial = c->block == QLLM_BLOCK_SERIAL;
     qllm_part norm = one_norm ? QLLM_PART_ATTENTION_NORM : QLLM_PART_MLP_NORM;
     qllm_part bias = one_norm ? QLLM_PART_ATTENTION_NORM_BIAS : QLLM_PART_MLP_NORM_BIAS;
-    heads(p);
-    if (!serial)
-        activations(p, norm, bias);
+    if (!heads_and_activations(p)) {
+        heads(p);
+        if (!serial)
+            activations(p, norm, bias);
+    }
     attend(p);
     add(p, weight_of(p, QLLM_PART_O), s->attended);
     if (serial)

@@ -74,12 +74,23 @@ bool heads_fit(const gpu_weight *const *weights, int n, const gpu_heads *h)
     return n == 3 && weights[0]->rows == q && weights[1]->rows == kv && weights[2]->rows == kv;
 }
 
+bool has_heads(gpu_after after)
+{
+    return after == GPU_AFTER_HEADS || after == GPU_AFTER_HEADS_ACT;
+}
+
+int head_units_of(const gpu_heads *h)
+{
+    return (h->heads + 2 * h->kv_heads) * ((h->head_dim / GPU_TILE_ROWS + 1) / 2);
+}
+
 int units_of(const linear_args *a)
 {
-    const gpu_heads *h = &a->output.heads;
-    int units = 0;
+    int units = a->head_units;
     if (a->output.after == GPU_AFTER_HEADS)
-        return (h->heads + 2 * h->kv_heads) * ((h->head_dim / GPU_TILE_ROWS + 1) / 2);
+        return units;
+    if (a->output.after == GPU_AFTER_HEADS_ACT)
+        return units + (int)(gpu_tiles_down(a->weight[a->head_weights].rows) + 1) / 2;
     if (a->output.after == GPU_AFTER_GATE)
         return (int)gpu_tiles_down(a->weight[0].rows);
     for (int i = 0; i < a->n_weights; i++)
@@ -110,8 +121,12 @@ linear_args args_of(const gpu_weight *const *weights, int n, const gpu_linear_in
     a.shift = is_4bit ? log2_of(w->blocksize / GPU_TILE_COLS) : 0;
     a.input = *input;
     a.output = *output;
+    if (has_heads(output->after)) {
+        a.head_units = head_units_of(&output->heads);
+        a.head_weights = output->after == GPU_AFTER_HEADS ? n : n - 1;
+    }
     a.units = units_of(&a);
-    a.paired = output->after == GPU_AFTER_HEADS || output->after == GPU_AFTER_GATE;
+    a.paired = has_heads(output->after) || output->after == GPU_AFTER_GATE;
     return a;
 }
 
@@ -124,10 +139,10 @@ linear_args part_of(const linear_args &all, int form, int first, int rows)
         a.input.row_of += first;
     else
         a.input.x += first * a.input.stride;
-    for (int i = 0; i < GPU_LINEAR_WEIGHTS && a.output.after != GPU_AFTER_HEADS; i++)
+    for (int i = 0; i < GPU_LINEAR_WEIGHTS; i++)
         if (a.output.y[i] != NULL)
             a.output.y[i] += first * a.output.stride[i];
-    if (a.output.after == GPU_AFTER_HEADS) {
+    if (has_heads(a.output.after)) {
         h->q += first * h->q_stride;
         h->positions += first;
         h->page_index += (int64_t)first * h->max_pages;
@@ -175,6 +190,8 @@ bool gpu_linear_fits(const gpu_weight *const *weights, int n, const gpu_linear_o
             return false;
     if (output->after == GPU_AFTER_GATE)
         return n == 2 && weights[0]->rows == weights[1]->rows;
+    if (output->after == GPU_AFTER_HEADS_ACT)
+        return heads_fit(weights, n - 1, &output->heads);
     return output->after != GPU_AFTER_HEADS || heads_fit(weights, n, &output->heads);
 }
 

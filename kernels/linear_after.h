@@ -117,25 +117,37 @@ GPU_DEVICE inline void linear_turn_head(const linear_args &a, const linear_unit 
     linear_store_head(a, unit, i, token, first, second);
 }
 
-/* Row i of a unit's tile, or of its two; `second` has no meaning without a second one, and nothing
- * has where the weight has no such row. */
-GPU_DEVICE inline void linear_store(const linear_args &a, const linear_unit &unit, int i, int token,
-                                    float first, float second)
+/* Whether what a unit's tile h gives goes through the activation; and whether each of its tiles has
+ * an output of its own. */
+GPU_DEVICE inline bool linear_is_activated(const linear_args &a, const linear_unit &unit, int h)
+{
+    gpu_after after = a.output.after;
+    return after == GPU_AFTER_ACT || (after == GPU_AFTER_GATE && h == 0) ||
+           (after == GPU_AFTER_HEADS_ACT && unit.kind == LINEAR_OTHER);
+}
+
+GPU_DEVICE inline bool linear_is_apart(const linear_args &a, const linear_unit &unit)
+{
+    return unit.kind == LINEAR_OTHER && a.output.after != GPU_AFTER_GATE;
+}
+
+/* Output (row, token) of a weight. */
+GPU_DEVICE inline void linear_store(const linear_args &a, int weight, int row, int token, float v)
 {
     const gpu_linear_output &out = a.output;
-    int weight = unit.weight[0], row = unit.tile[0] * GPU_TILE_ROWS + i;
-    if (row >= a.weight[weight].rows)
-        return;
-    if (out.after == GPU_AFTER_HEADS) {
-        linear_turn_head(a, unit, i, token, first, second);
-        return;
-    }
-    float *y = out.y[weight] + token * out.stride[weight] + row, v = first;
-    if (out.after == GPU_AFTER_ACT || out.after == GPU_AFTER_GATE)
-        v = linear_act(out.activation, v);
-    if (out.after == GPU_AFTER_GATE)
-        v = v * second;
+    float *y = out.y[weight] + token * out.stride[weight] + row;
     *y = out.after == GPU_AFTER_ADD ? *y + v : v;
+}
+
+/* What row i of a unit's two tiles gives together; without a second one, `second` is no number that
+ * is used. */
+GPU_DEVICE inline void linear_store_pair(const linear_args &a, const linear_unit &unit, int i,
+                                         int token, float first, float second)
+{
+    if (a.output.after == GPU_AFTER_GATE)
+        linear_store(a, 0, unit.tile[0] * GPU_TILE_ROWS + i, token, first * second);
+    else
+        linear_turn_head(a, unit, i, token, first, second);
 }
 
 #endif

@@ -53,6 +53,7 @@ typedef struct linear_args {
     int cols, across;      /* columns; tiles across */
     int blocks, shift;     /* 4-bit: blocks in a row, log2(blocksize / 64) */
     int units, paired;     /* a unit is a row of tiles, or a pair of them (linear_unit) */
+    int head_units, head_weights; /* HEADS and HEADS_ACT: units and weights of heads; else 0 */
     int units_each, units_more; /* of a block of skinny.cu; one more for the first of them */
     int first, rows;       /* rows of x of this launch */
     linear_panel panel;
@@ -87,12 +88,12 @@ GPU_DEVICE inline linear_row *linear_row_at(char *panel, int row)
 }
 
 /* Where a unit's one or two tiles are. */
-enum { LINEAR_QUERY, LINEAR_KEY, LINEAR_VALUE };
+enum { LINEAR_QUERY, LINEAR_KEY, LINEAR_VALUE, LINEAR_OTHER };
 
 typedef struct linear_unit {
     int weight[2], tile[2]; /* tile: of 16 rows of that weight; -1: none */
-    int kind, head;         /* GPU_AFTER_HEADS: query, key or value; which of them */
-    int at[2];              /* ... first element of the tile inside the head */
+    int kind, head;         /* query, key or value, and which of them; or other outputs */
+    int at[2];              /* of a head: first element of the tile in it */
 } linear_unit;
 
 /* Tiles i and i + half / 16 of a head go together, those behind the rotated part two by two. */
@@ -104,7 +105,7 @@ GPU_DEVICE inline linear_unit linear_head_unit(const linear_args &a, int index)
     linear_unit u;
     u.weight[0] = 0;
     int row_head = head; /* of the weight's own rows */
-    if (a.n_weights == 1) {
+    if (a.head_weights == 1) {
         int place = head % (group + 2);
         u.kind = place < group ? LINEAR_QUERY : place == group ? LINEAR_KEY : LINEAR_VALUE;
         u.head = place < group ? head / (group + 2) * group + place : head / (group + 2);
@@ -129,9 +130,16 @@ GPU_DEVICE inline linear_unit linear_head_unit(const linear_args &a, int index)
 
 GPU_DEVICE inline linear_unit linear_unit_at(const linear_args &a, int index)
 {
-    if (a.output.after == GPU_AFTER_HEADS)
+    if (index < a.head_units)
         return linear_head_unit(a, index);
-    linear_unit u = {{0, 1}, {index, a.paired ? index : -1}, 0, 0, {0, 0}};
+    if (a.head_units > 0) { /* of the weight behind them two rows of tiles, or the last */
+        int weight = a.head_weights, first = 2 * (index - a.head_units);
+        bool two = (first + 1) * GPU_TILE_ROWS < a.weight[weight].rows;
+        linear_unit other = {{weight, weight}, {first, two ? first + 1 : -1}, LINEAR_OTHER, 0,
+                             {0, 0}};
+        return other;
+    }
+    linear_unit u = {{0, 1}, {index, a.paired ? index : -1}, LINEAR_OTHER, 0, {0, 0}};
     for (int w = 0; !a.paired && w + 1 < a.n_weights; w++) {
         int tiles = (a.weight[w].rows + GPU_TILE_ROWS - 1) / GPU_TILE_ROWS;
         if (u.weight[0] == w && u.tile[0] >= tiles) {

@@ -354,16 +354,26 @@ GPU_DEVICE inline void finish_output(const linear_args &a, const sums_view &sums
         return;
     linear_unit u = linear_unit_at(a, index);
     linear_place p = linear_place_of(c, lane);
+    int token = sums.first_row + n * 8 + p.token;
     float first = 0.0f, second = 0.0f;
 GPU_NO_UNROLL
     for (int h = 0; h < (RT > 1 && a.paired ? 2 : 1); h++) { /* not unrolled: it is large */
         int weight = h == 0 ? u.weight[0] : u.weight[1], tile = h == 0 ? u.tile[0] : u.tile[1];
-        if (tile < 0 || tile * GPU_TILE_ROWS + p.row >= a.weight[weight].rows)
-            continue;
-        second = add_slices<FORM, RT, NT, SLICES>(a, sums, panel, weight, tile, r + h, n, c, lane);
-        first = h == 0 ? second : first;
+        bool there = tile >= 0 && tile * GPU_TILE_ROWS + p.row < a.weight[weight].rows;
+        if (!there && h == 0)
+            return;
+        if (!there)
+            break;
+        float v = add_slices<FORM, RT, NT, SLICES>(a, sums, panel, weight, tile, r + h, n, c, lane);
+        if (linear_is_activated(a, u, h))
+            v = linear_act(a.output.activation, v);
+        if (linear_is_apart(a, u))
+            linear_store(a, weight, tile * GPU_TILE_ROWS + p.row, token, v);
+        second = v;
+        first = h == 0 ? v : first;
     }
-    linear_store(a, u, p.row, sums.first_row + n * 8 + p.token, first, second);
+    if (!linear_is_apart(a, u))
+        linear_store_pair(a, u, p.row, token, first, second);
 }
 
 /* Gives away outputs first, first + step, ... of a group: those of rows of x that are there. */

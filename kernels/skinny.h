@@ -58,7 +58,8 @@ typedef enum gpu_after {
     GPU_AFTER_ADD,   /* y[w] += v */
     GPU_AFTER_ACT,   /* y[w] = act(v) */
     GPU_AFTER_GATE,  /* weights gate, up of the same shape: y[0] = act(gate) * up */
-    GPU_AFTER_HEADS
+    GPU_AFTER_HEADS,
+    GPU_AFTER_HEADS_ACT /* the last weight w as ACT, those before it as HEADS */
 } gpu_after;
 
 /* What happens to the sums v (bias added).  y must not be x. */

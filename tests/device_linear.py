@@ -20,7 +20,7 @@ FORMAT_NUMBERS = {name: i for i, name in enumerate(
     ["f32", "f16", "bf16", "nf4", "fp4", "nf4-dq", "fp4-dq", "int8"])}
 DTYPE_NUMBERS = {"float32": 0, "float16": 1, "bfloat16": 2}
 NORMS = {None: 0, "rms": 1, "layer": 2}
-AFTER = {"store": 0, "add": 1, "act": 2, "gate": 3, "heads": 4}
+AFTER = {"store": 0, "add": 1, "act": 2, "gate": 3, "heads": 4, "heads_act": 5}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 assert set(FORMAT_NUMBERS) == set(FORMATS)
 

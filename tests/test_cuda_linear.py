@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import qllm
 from device_linear import (
+    ACTIVATIONS,
     AFTER,
     Before,
     HeadsStruct,
@@ -499,11 +500,12 @@ PAGE = 64
 
 
 def heads_case(gpu: Library, q: int, kv: int, head_dim: int, half: int, fused: bool, m: int,
-               name: str = "nf4", cols: int = 64) -> None:
+               name: str = "nf4", cols: int = 64, inner: int = 0) -> None:
+    """inner: rows of a weight beside them, whose outputs go through an activation."""
     rng = np.random.default_rng(q + kv + head_dim + half)
     counts = [(q + 2 * kv) * head_dim] if fused else [q * head_dim, kv * head_dim, kv * head_dim]
     weights = [gpu.set_weight(qllm.quantize(random((n, cols), i), name), bias=random((n,), i))
-               for i, n in enumerate(counts)]
+               for i, n in enumerate([*counts, inner] if inner else counts)]
     x = random((m, cols), 5)
     plain = gpu.linear(weights, x)
     positions = rng.integers(0, 3 * PAGE, m).astype(np.int32)
@@ -522,9 +524,18 @@ def heads_case(gpu: Library, q: int, kv: int, head_dim: int, half: int, fused: b
     heads = HeadsStruct(
         heads=q, kv_heads=kv, head_dim=head_dim, half=half, q_stride=q * head_dim, max_pages=4,
         page_offset=layer_offset, **{name: array.pointer.value for name, array in placed.items()})
-    output = Output(after=AFTER["heads"], heads=heads)
+    output = Output(after=AFTER["heads_act" if inner else "heads"], heads=heads,
+                    activation=ACTIVATIONS["gelu"])
+    if inner:
+        activated = gpu.device.array(np.full((m, inner + 3), 7, np.float32))
+        output.y[1], output.stride[1] = activated.pointer.value, inner + 3
     assert gpu.fits(weights, output)
     gpu.run(weights, Before(x), output)
+    if inner:
+        found = activated.get()
+        (alone,) = gpu.linear(weights[1:], x, "act", "gelu")
+        np.testing.assert_array_equal(found[:, :inner].view(np.uint32), alone.view(np.uint32))
+        assert (found[:, inner:] == 7).all()
 
     if fused:
         grouped = plain[0].reshape(m, kv, q // kv + 2, head_dim)
@@ -569,6 +580,13 @@ def test_heads_of_other_formats(gpu: Library, name: str) -> None:
     heads_case(gpu, 4, 2, 64, 32, False, 5, name, 192)
 
 
+@pytest.mark.parametrize("rows", [3, 21, 67])
+@pytest.mark.parametrize(("name", "inner"), [("nf4", 77), ("nf4-dq", 128), ("int8", 16),
+                                             ("bf16", 40)])
+def test_heads_beside_inner_activations(gpu: Library, name: str, inner: int, rows: int) -> None:
+    heads_case(gpu, 4, 2, 48, 16, True, rows, name, 128, inner)
+
+
 def test_what_fits_together(gpu: Library) -> None:
     def weight(rows: int, name: str = "nf4", cols: int = 128, **kw: Any) -> Any:
         return gpu.set_weight(qllm.quantize(random((rows, cols)), name, **kw))
@@ -581,6 +599,9 @@ def test_what_fits_together(gpu: Library) -> None:
     assert gpu.fits([a, b, b], heads) and gpu.fits([weight(128)], heads)
     assert not gpu.fits([a, b], gate) and not gpu.fits([a], gate)
     assert not gpu.fits([a, b], heads) and not gpu.fits([a, a, b], heads)
+    both = Output(after=AFTER["heads_act"], heads=heads.heads)
+    assert gpu.fits([weight(128), b], both) and not gpu.fits([weight(128)], both)
+    assert not gpu.fits([weight(128), weight(32, "fp4")], both) and not gpu.fits([a, b, b], both)
     assert not gpu.fits([a, weight(64, "fp4")], store)
     assert not gpu.fits([a, weight(64, blocksize=128)], store)
     assert not gpu.fits([a, weight(64, cols=64)], store)
