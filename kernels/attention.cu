@@ -1,11 +1,11 @@
-/* Attention in its three forms: attention.h says what they compute. */
+/* Attention on the tensor cores, in two forms, and the choice of the form: attention.h says what they
+ * compute. */
 #include "attention_strip.h"
 
 namespace {
 
 enum {
     SPLIT_THREADS = GPU_WARP * GPU_SPLIT_STRIPS,
-    PLAIN_THREADS = 128,
     BEGIN_THREADS = 256,
     MOST_HEAD_DIM = 256 /* of the forms on the tensor cores; a multiple of 8 */
 };
@@ -106,7 +106,8 @@ GPU_UNROLL
     return v;
 }
 
-/* Strip `first` of a page for the rows `same` of a tile that hold it; false: they see none of it. */
+/* Strip `first` of a page for the rows `same` of a tile that hold it; false: they see none of
+ * it. */
 GPU_DEVICE inline bool find_strip(const gpu_attention &a, const attention_tile &tile,
                                   const lane_view &view, unsigned same, int page, int first,
                                   attention_strip *s)
@@ -317,7 +318,8 @@ attend_splits(const gpu_attention a, const work_shape w)
     gpu_wait_for_previous();
     int warp = threadIdx.x / GPU_WARP, pieces = w.groups * w.splits * a.kv_heads * w.tiles;
     for (int i = blockIdx.x; i < pieces; i += w.blocks) {
-        int group = i / w.tiles / a.kv_heads / w.splits, split = i / w.tiles / a.kv_heads % w.splits;
+        int group = i / w.tiles / a.kv_heads / w.splits;
+        int split = i / w.tiles / a.kv_heads % w.splits;
         attention_tile tile = tile_of(a, w, group, i / w.tiles % a.kv_heads, i % w.tiles);
         if (!is_seen(a, tile, split))
             continue;
@@ -445,91 +447,6 @@ attend_rows(const gpu_attention a, const work_shape w)
     }
 }
 
-/* ------------------------------------------------------------------------------- form PLAIN */
-
-typedef struct plain_memory {
-    float e[PLAIN_THREADS];
-    float largest[PLAIN_THREADS / GPU_WARP];
-} plain_memory;
-
-/* The score of position j for a query, or -infinity. */
-GPU_DEVICE inline float plain_score(const gpu_attention &a, const float *q, const uint16_t *keys,
-                                    attention_span seen, int head, int j)
-{
-    float score = 0.0f;
-    if (j < seen.begin || j >= seen.end)
-        return gpu_float_from_bits(0xff800000u);
-    for (int d = 0; d < a.head_dim; d++)
-        score = gpu_fma(q[d] * a.scale,
-                        gpu_bf16_to_float(keys[j % GPU_PAGE * (int64_t)a.head_dim + d]), score);
-    return a.bias == NULL ? score : score + a.bias[head * a.bias_stride + j];
-}
-
-/* Keys of the page that holds position j of a row, for a key-value head; values lie behind them. */
-GPU_DEVICE inline const uint16_t *plain_keys(const gpu_attention &a, int row, int kv_head, int j)
-{
-    int32_t page = a.page_index[(int64_t)row * a.max_pages + j / GPU_PAGE];
-    return (const uint16_t *)a.page_base[page] + a.page_offset +
-           (int64_t)kv_head * 2 * GPU_PAGE * a.head_dim;
-}
-
-/* Scores of PLAIN_THREADS positions from `first` on to e_j in shared memory; their sum. */
-GPU_DEVICE inline attention_sum plain_softmax(const gpu_attention &a, const float *q, int row,
-                                              int head, attention_span seen, int first,
-                                              plain_memory *s)
-{
-    int j = first + (int)threadIdx.x, there = j < seen.end ? j : first;
-    const uint16_t *keys = plain_keys(a, row, head / (a.heads / a.kv_heads), there);
-    float score = plain_score(a, q, keys, seen, head, j);
-    attention_sum sum = {score, 0.0f};
-    for (int m = 1; m < GPU_WARP; m *= 2)
-        sum.m = fmaxf(sum.m, gpu_shfl_xor(GPU_FULL_WARP, sum.m, m));
-    gpu_sync_block();
-    if (threadIdx.x % GPU_WARP == 0)
-        s->largest[threadIdx.x / GPU_WARP] = sum.m;
-    gpu_sync_block();
-    for (int i = 0; i < PLAIN_THREADS / GPU_WARP; i++)
-        sum.m = fmaxf(sum.m, s->largest[i]);
-    const float none = gpu_float_from_bits(0xff800000u);
-    s->e[threadIdx.x] = score == none ? 0.0f : qllm_expf(score - (sum.m == none ? 0.0f : sum.m));
-    gpu_sync_block();
-    for (int i = 0; i < PLAIN_THREADS; i++)
-        sum.l += s->e[i];
-    return sum;
-}
-
-/* A block for each row and query head; the output gathers the sums. */
-GPU_KERNEL void GPU_KERNEL_BOUNDS(PLAIN_THREADS, 1) attend_plain(const gpu_attention a)
-{
-    GPU_SHARED(plain_memory, s);
-    gpu_let_next_start();
-    gpu_wait_for_previous();
-    int row = blockIdx.x / a.heads, head = blockIdx.x % a.heads, group = a.heads / a.kv_heads;
-    attention_query at = {0, row, head};
-    attention_span seen = attention_span_of(a, row);
-    attention_sum sum = {0.0f, 0.0f};
-    float *out = attention_out(a, at);
-    const float *q = a.q + row * a.q_stride + head / group * a.q_group +
-                     (int64_t)(head % group) * a.head_dim;
-    for (int first = seen.begin / PLAIN_THREADS * PLAIN_THREADS; first < seen.end;
-         first += PLAIN_THREADS) {
-        attention_factors f =
-            attention_merge(&sum, plain_softmax(a, q, row, head, seen, first, s));
-        int begin = first < seen.begin ? seen.begin : first;
-        int end = first + PLAIN_THREADS < seen.end ? first + PLAIN_THREADS : seen.end;
-        for (int d = threadIdx.x; d < a.head_dim; d += PLAIN_THREADS) {
-            float o = 0.0f;
-            for (int j = begin; j < end; j++) {
-                const uint16_t *values = plain_keys(a, row, head / group, j) +
-                                         (int64_t)(GPU_PAGE + j % GPU_PAGE) * a.head_dim;
-                o = gpu_fma(s->e[j - first], gpu_bf16_to_float(values[d]), o);
-            }
-            o = attention_apply(f, f.keep == 0.0f ? 0.0f : out[d], o);
-            out[d] = end == seen.end ? o / sum.l : o;
-        }
-    }
-}
-
 /* ------------------------------------------------------------------------------- on the host */
 
 GPU_KERNEL void GPU_KERNEL_BOUNDS(BEGIN_THREADS, 1)
@@ -559,7 +476,8 @@ bool partials_fit(const gpu_attention *a)
     return partial_bytes(a) <= MOST_PARTIAL_BYTES;
 }
 
-/* Tiles of at most `queries` queries and `rows` rows; all heads of a row where a tile can hold them. */
+/* Tiles of at most `queries` queries and `rows` rows; all heads of a row where a tile can hold
+ * them. */
 work_shape shape_of(const gpu_attention *a, int queries, int rows)
 {
     work_shape w;
@@ -580,7 +498,8 @@ qllm_gpu_error launch_splits(const gpu_device *device, const gpu_attention *a, g
 {
     enum { QUERIES = split_memory<HD>::QUERIES, BLOCKS = 2, TURNS = 4 };
     work_shape w = shape_of(a, QUERIES, 1);
-    int64_t each = (int64_t)w.tiles * a->kv_heads * w.splits, wanted = BLOCKS * device->multiprocessors;
+    int64_t each = (int64_t)w.tiles * a->kv_heads * w.splits;
+    int64_t wanted = BLOCKS * device->multiprocessors;
     int64_t rows = a->rows * each / wanted;
     w = shape_of(a, QUERIES, rows < QUERIES ? (int)rows : QUERIES);
     int64_t pieces = w.groups * each, most = (int64_t)TURNS * wanted;
@@ -650,8 +569,7 @@ qllm_status gpu_attend(const gpu_device *device, const gpu_attention *a, gpu_att
 {
     qllm_gpu_error code;
     if (form == GPU_ATTENTION_PLAIN)
-        code = GPU_LAUNCH_DEPENDENT(attend_plain, a->rows * a->heads, PLAIN_THREADS,
-                                    sizeof(plain_memory), stream, *a);
+        code = attention_launch_plain(a, stream);
     else if (a->head_dim <= 64)
         code = launch_form<64>(device, a, form, stream);
     else if (a->head_dim <= 128)

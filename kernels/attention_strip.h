@@ -358,4 +358,7 @@ GPU_NO_UNROLL
     }
 }
 
+/* Form PLAIN (attention_plain.cu); launches. */
+qllm_gpu_error attention_launch_plain(const gpu_attention *attention, gpu_stream stream);
+
 #endif

@@ -3,7 +3,8 @@
  *   backend.cu        the table of core/backend.h, and a decoder's life
  *   slots_device.cu   weights by slot
  *   pages.h, pages.cu keys and values: sequences that fork
- *   step.cu           a step: its rows, cut into chunks, onto the device and its logits back
+ *   step.cu, step_buffers.cu
+ *                     a step: its rows, cut into chunks, onto the device and its logits back
  *   forward_exact.cu, forward_auto.cu   the layers of compute="exact" and "auto", launches alone
  *
  * A decoder works on one stream, and its lock is held by whatever touches weights, buffers or
@@ -71,7 +72,7 @@ typedef struct gpu_positions {
     float *bias;      /* (heads, capacity) of ALiBi */
 } gpu_positions;
 
-typedef struct gpu_step gpu_step;     /* step.cu: pinned memory and the rows on the device */
+typedef struct gpu_step gpu_step;     /* step.h */
 typedef struct gpu_graphs gpu_graphs; /* forward_auto.cu */
 
 struct qllm_decoder {

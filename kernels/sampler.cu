@@ -439,32 +439,6 @@ static layout lay_out(const qllm_draw *draws, int64_t n, int64_t vocab, int64_t 
     return at;
 }
 
-void gpu_sampler_clear(gpu_sampler *sampler)
-{
-    gpu_free(sampler->memory);
-    gpu_free_host(sampler->host);
-    *sampler = {sampler->device, sampler->most_bytes, NULL, 0, NULL, 0};
-}
-
-qllm_status gpu_sampler_reserve(gpu_sampler *sampler, int64_t bytes, int64_t host_bytes,
-                                qllm_error *error)
-{
-    if (bytes <= sampler->bytes && host_bytes <= sampler->host_bytes)
-        return QLLM_OK;
-    gpu_sampler_clear(sampler);
-    qllm_status status = gpu_alloc(sampler->device, bytes, &sampler->memory, GPU_SCRATCH,
-                                   "the sampler", error);
-    if (status == QLLM_OK)
-        status = gpu_alloc_host(host_bytes, &sampler->host, "the sampler", error);
-    if (status != QLLM_OK) {
-        gpu_sampler_clear(sampler);
-        return status;
-    }
-    sampler->bytes = bytes;
-    sampler->host_bytes = host_bytes;
-    return QLLM_OK;
-}
-
 /* Writes jobs and histories as the device reads them.  A history with a token outside the
  * vocabulary is left out: its draw is refused afterwards, unless its logits are. */
 static void write_jobs(const qllm_draw *draws, int64_t n, int64_t first, int64_t vocab,
@@ -581,15 +555,6 @@ qllm_status gpu_sampler_draw(gpu_sampler *sampler, gpu_stream stream, const floa
         *failed = status == QLLM_OK ? -1 : i;
     }
     return status;
-}
-
-qllm_status gpu_sampler_refuse(int64_t row, qllm_status status, qllm_error *error)
-{
-    char text[QLLM_ERROR_CAPACITY];
-    if (error == NULL)
-        return status;
-    memcpy(text, error->text, sizeof text);
-    return qllm_fail(error, status, "row %lld: %s", (long long)row, text);
 }
 
 qllm_status gpu_draw(qllm_decoder *decoder, const float *logits, int64_t first, int64_t rows,

@@ -6,22 +6,9 @@
  * kernels find it there at the same address each time, so that a recorded step can be run again. */
 #include <string.h>
 
-#include "decoder.h"
+#include "step.h"
 
-extern "C" {
-#include "core/alloc.h"
-#include "core/checked.h"
-}
-
-enum { ROW_ARRAYS = 4, MIN_POSITIONS = 1 };
-
-/* Host and device memory of the same layout: the four arrays of a row each GPU_STEP_ROWS long, then
- * page_index as gpu_rows has it. */
-struct gpu_step {
-    int64_t bytes; /* of each */
-    int32_t *host; /* pinned */
-    int32_t *device;
-};
+enum { MIN_POSITIONS = 1 };
 
 typedef struct batch {
     qllm_sequence *const *sequences; /* NULL: rows without keys, of the embedding or the head */
@@ -105,186 +92,11 @@ static qllm_status reserve_keys(qllm_decoder *decoder, const batch *b, qllm_erro
     return status;
 }
 
-/* buffers -------------------------------------------------------------------------------------- */
+/* what a batch needs --------------------------------------------------------------------------- */
 
-/* Floats of one row, by buffer, in the order of gpu_scratch. */
-enum { ROW_BUFFERS = 9 };
-
-static void row_widths(const qllm_decoder_config *c, int64_t widths[ROW_BUFFERS])
+static gpu_needs needs_of(const qllm_decoder *decoder, const batch *b)
 {
-    int64_t heads = c->heads * c->head_dim;
-    const int64_t all[ROW_BUFFERS] = {
-        c->hidden, c->hidden, c->hidden, c->hidden, c->hidden,
-        heads + 2 * c->kv_heads * c->head_dim, heads, c->intermediate, c->intermediate,
-    };
-    memcpy(widths, all, sizeof all);
-}
-
-/* Bytes of a buffer of `rows` rows, which the next one may begin behind; false on overflow. */
-static bool buffer_bytes(int64_t rows, int64_t width, int64_t *bytes)
-{
-    int64_t n;
-    return qllm_checked_mul(rows, width, &n) && qllm_checked_mul(n, sizeof(float), &n) &&
-           qllm_checked_round_up(n, 256, bytes);
-}
-
-/* One piece of device memory anew: what was there is freed first, so that both are never held, and
- * is gone if there is no room. */
-static qllm_status renew(qllm_decoder *decoder, void **memory, int64_t *held, int64_t bytes,
-                         const char *what, qllm_error *error)
-{
-    gpu_free(*memory);
-    *memory = NULL;
-    *held = 0;
-    decoder->generation++;
-    qllm_status status = gpu_alloc_trimmed(&decoder->pages, bytes, memory, GPU_SCRATCH, what,
-                                           error);
-    if (status == QLLM_OK)
-        *held = bytes;
-    return status;
-}
-
-static qllm_status too_large(const char *what, qllm_error *error)
-{
-    return qllm_fail(error, QLLM_MEMORY, "%s: more bytes than can be addressed", what);
-}
-
-static qllm_status grow_rows(qllm_decoder *decoder, int64_t rows, qllm_error *error)
-{
-    static const char what[] = "the buffers of a step";
-    gpu_scratch *s = &decoder->scratch;
-    float **buffers[ROW_BUFFERS] = {&s->x, &s->normed, &s->normed2, &s->branch, &s->branch2,
-                                    &s->qkv, &s->attended, &s->gate, &s->up};
-    int64_t widths[ROW_BUFFERS], bytes[ROW_BUFFERS], total = 0;
-    if (rows <= s->rows)
-        return QLLM_OK;
-    row_widths(&decoder->config, widths);
-    for (int i = 0; i < ROW_BUFFERS; i++)
-        if (!buffer_bytes(rows, widths[i], &bytes[i]) ||
-            !qllm_checked_add(total, bytes[i], &total))
-            return too_large(what, error);
-    s->rows = 0;
-    qllm_status status = renew(decoder, &s->row_memory, &s->row_bytes, total, what, error);
-    if (status != QLLM_OK)
-        return status;
-    uint8_t *at = (uint8_t *)s->row_memory;
-    for (int i = 0; i < ROW_BUFFERS; at += bytes[i++])
-        *buffers[i] = (float *)at;
-    s->rows = rows;
-    return QLLM_OK;
-}
-
-static qllm_status grow_logits(qllm_decoder *decoder, int64_t rows, qllm_error *error)
-{
-    gpu_scratch *s = &decoder->scratch;
-    void *memory = s->logits;
-    int64_t bytes, held;
-    if (rows <= s->logits_rows)
-        return QLLM_OK;
-    if (!buffer_bytes(rows, decoder->config.vocab, &bytes))
-        return too_large("the logits of a step", error);
-    qllm_status status = renew(decoder, &memory, &held, bytes, "the logits of a step", error);
-    s->logits = (float *)memory;
-    s->logits_rows = status == QLLM_OK ? rows : 0;
-    return status;
-}
-
-static qllm_status grow_extra(qllm_decoder *decoder, int64_t rows, int64_t positions,
-                              qllm_error *error)
-{
-    static const char what[] = "the buffers of attention and linear layers";
-    gpu_scratch *s = &decoder->scratch;
-    int64_t bytes = decoder->exact ? gpu_exact_scratch(decoder, rows, positions)
-                                   : gpu_auto_scratch(decoder, rows, positions);
-    if (bytes < 0)
-        return too_large(what, error);
-    if (bytes <= s->extra_bytes)
-        return QLLM_OK;
-    return renew(decoder, &s->extra, &s->extra_bytes, bytes, what, error);
-}
-
-/* The rows of a chunk themselves. */
-static qllm_status grow_step(qllm_decoder *decoder, int64_t padded, int64_t max_pages,
-                             qllm_error *error)
-{
-    static const char what[] = "the rows of a step";
-    gpu_step *step = decoder->step;
-    int64_t bytes;
-    if (!qllm_checked_mul(padded, max_pages, &bytes) ||
-        !qllm_checked_add(bytes, ROW_ARRAYS * GPU_STEP_ROWS, &bytes) ||
-        !qllm_checked_mul(bytes, sizeof(int32_t), &bytes))
-        return too_large(what, error);
-    if (bytes <= step->bytes)
-        return QLLM_OK;
-    void *host, *device = step->device;
-    gpu_free_host(step->host);
-    step->host = NULL;
-    step->device = NULL;
-    step->bytes = 0;
-    int64_t held;
-    qllm_status status = renew(decoder, &device, &held, bytes, what, error);
-    step->device = (int32_t *)device;
-    if (status == QLLM_OK)
-        status = gpu_alloc_host(bytes, &host, what, error);
-    if (status != QLLM_OK)
-        return status;
-    step->host = (int32_t *)host;
-    step->bytes = bytes;
-    return QLLM_OK;
-}
-
-/* position tables ------------------------------------------------------------------------------ */
-
-/* A table of the host in device memory, in place of *table. */
-static qllm_status upload_table(qllm_decoder *decoder, const float *values, int64_t n,
-                                float **table, qllm_error *error)
-{
-    static const char what[] = "the table of positions";
-    void *memory = *table;
-    int64_t held, bytes = n * (int64_t)sizeof(float);
-    qllm_status status = renew(decoder, &memory, &held, bytes, what, error);
-    *table = (float *)memory;
-    if (status == QLLM_OK)
-        status = gpu_check(gpu_copy_in(memory, values, bytes, decoder->stream), what, error);
-    return status;
-}
-
-static qllm_status grow_positions(qllm_decoder *decoder, int64_t positions, qllm_error *error)
-{
-    const qllm_decoder_config *c = &decoder->config;
-    gpu_positions *table = &decoder->positions;
-    if (positions <= table->capacity)
-        return QLLM_OK;
-    bool rope = c->position == QLLM_POSITION_ROPE;
-    qllm_status status = rope ? qllm_rope_grow(&decoder->rope, c, positions, error)
-                              : qllm_alibi_grow(&decoder->alibi, c, positions, error);
-    if (status != QLLM_OK)
-        return status;
-    int64_t capacity = rope ? decoder->rope.capacity : decoder->alibi.capacity;
-    int64_t half = c->rotary_dim / 2;
-    table->capacity = 0;
-    if (rope) {
-        status = upload_table(decoder, decoder->rope.cos, capacity * half, &table->cos, error);
-        if (status == QLLM_OK)
-            status = upload_table(decoder, decoder->rope.sin, capacity * half, &table->sin, error);
-    } else
-        status = upload_table(decoder, decoder->alibi.bias, capacity * c->heads, &table->bias,
-                              error);
-    if (status == QLLM_OK)
-        table->capacity = capacity;
-    return status;
-}
-
-/* What the chunks of a batch need at most. */
-typedef struct needs {
-    int64_t rows, wanted; /* powers of two */
-    int64_t positions;    /* of the longest sequence */
-    int64_t max_pages;    /* a power of two */
-} needs;
-
-static needs needs_of(const qllm_decoder *decoder, const batch *b)
-{
-    needs most = {1, 0, MIN_POSITIONS, 1};
+    gpu_needs most = {1, 0, MIN_POSITIONS, 1};
     int64_t chunk = chunk_rows(decoder), wanted = 0;
     for (int64_t i = 0; i < b->n; i++) {
         wanted = i % chunk == 0 ? 0 : wanted;
@@ -299,22 +111,6 @@ static needs needs_of(const qllm_decoder *decoder, const batch *b)
     most.wanted = most.wanted > 0 ? power_of_two(most.wanted) : 0;
     most.max_pages = power_of_two((most.positions + GPU_PAGE - 1) / GPU_PAGE);
     return most;
-}
-
-/* All that a batch needs; logits only where it ends in them. */
-static qllm_status reserve_buffers(qllm_decoder *decoder, const needs *most, bool logits,
-                                   qllm_error *error)
-{
-    qllm_status status = grow_step(decoder, most->rows, most->max_pages, error);
-    if (status == QLLM_OK)
-        status = grow_rows(decoder, most->rows, error);
-    if (status == QLLM_OK)
-        status = grow_positions(decoder, most->positions, error);
-    if (status == QLLM_OK)
-        status = grow_extra(decoder, most->rows, most->positions, error);
-    if (status == QLLM_OK && logits)
-        status = grow_logits(decoder, most->wanted, error);
-    return status;
 }
 
 /* chunks --------------------------------------------------------------------------------------- */
@@ -332,7 +128,7 @@ typedef struct host_rows {
 static host_rows arrays_at(int32_t *memory)
 {
     return host_rows{memory, memory + GPU_STEP_ROWS, memory + 2 * GPU_STEP_ROWS,
-                     memory + 3 * GPU_STEP_ROWS, memory + ROW_ARRAYS * GPU_STEP_ROWS};
+                     memory + 3 * GPU_STEP_ROWS, memory + GPU_ROW_ARRAYS * GPU_STEP_ROWS};
 }
 
 /* Row r of the chunk, which is row i of the batch. */
@@ -364,7 +160,7 @@ static void fill_row(const batch *b, int64_t i, const host_rows *host, int r, gp
 
 /* Rows [begin, end) of the batch to the device. */
 static qllm_status send_chunk(qllm_decoder *decoder, const batch *b, int64_t begin, int64_t end,
-                              const needs *most, cursor *at, gpu_rows *rows, qllm_error *error)
+                              const gpu_needs *most, cursor *at, gpu_rows *rows, qllm_error *error)
 {
     gpu_step *step = decoder->step;
     const host_rows host = arrays_at(step->host), device = arrays_at(step->device);
@@ -389,7 +185,7 @@ static qllm_status send_chunk(qllm_decoder *decoder, const batch *b, int64_t beg
     rows->row_of = device.row_of;
     rows->page_index = device.page_index;
     rows->page_base = decoder->pages.base;
-    int64_t count = ROW_ARRAYS * GPU_STEP_ROWS + (int64_t)rows->padded * rows->max_pages;
+    int64_t count = GPU_ROW_ARRAYS * GPU_STEP_ROWS + (int64_t)rows->padded * rows->max_pages;
     return gpu_check(gpu_copy_in(step->device, step->host, count * (int64_t)sizeof(int32_t),
                                  decoder->stream), "copying the rows of a step", error);
 }
@@ -488,7 +284,7 @@ static qllm_status run_chunk(qllm_decoder *decoder, const gpu_rows *rows, int64_
 }
 
 /* Each chunk is waited for: the next one's rows go into the same memory. */
-static qllm_status run_chunks(qllm_decoder *decoder, const batch *b, const needs *most, work *w,
+static qllm_status run_chunks(qllm_decoder *decoder, const batch *b, const gpu_needs *most, work *w,
                               qllm_error *error)
 {
     cursor at = {0};
@@ -511,10 +307,10 @@ static qllm_status run_batch(qllm_decoder *decoder, const batch *b, work *w, qll
     qllm_status status = b->sequences != NULL ? check_rows(decoder, b, error) : QLLM_OK;
     if (status != QLLM_OK || b->n == 0)
         return status;
-    const needs most = needs_of(decoder, b);
+    const gpu_needs most = needs_of(decoder, b);
     status = reserve_keys(decoder, b, error);
     if (status == QLLM_OK)
-        status = reserve_buffers(decoder, &most, w->head, error);
+        status = gpu_step_reserve(decoder, &most, w->head, error);
     if (status == QLLM_OK)
         status = run_chunks(decoder, b, &most, w, error);
     if (status == QLLM_OK) {
@@ -527,32 +323,6 @@ static qllm_status run_batch(qllm_decoder *decoder, const batch *b, work *w, qll
 }
 
 /* entries -------------------------------------------------------------------------------------- */
-
-qllm_status gpu_step_init(qllm_decoder *decoder, qllm_error *error)
-{
-    void *memory;
-    qllm_status status = qllm_alloc(&memory, 1, sizeof(gpu_step), "a decoder", error);
-    if (status == QLLM_OK)
-        decoder->step = (gpu_step *)memory;
-    return status;
-}
-
-void gpu_step_clear(qllm_decoder *decoder)
-{
-    if (decoder->step != NULL) {
-        gpu_free_host(decoder->step->host);
-        gpu_free(decoder->step->device);
-        qllm_free(decoder->step);
-    }
-    gpu_free(decoder->scratch.row_memory);
-    gpu_free(decoder->scratch.logits);
-    gpu_free(decoder->scratch.extra);
-    gpu_free(decoder->positions.cos);
-    gpu_free(decoder->positions.sin);
-    gpu_free(decoder->positions.bias);
-    qllm_rope_clear(&decoder->rope);
-    qllm_alibi_clear(&decoder->alibi);
-}
 
 qllm_status gpu_step_run(qllm_decoder *decoder, qllm_sequence *const *sequences,
                          const int64_t *tokens, const bool *want, int64_t n, float *logits,
