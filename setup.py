@@ -35,6 +35,7 @@ X86 = {
     "_avx512.c": AVX512,
     "_avx512vbmi.c": [*AVX512, "-mavx512vbmi"],
     "_avx512bf16.c": [*AVX512, "-mavx512vbmi", "-mavx512bf16"],
+    "_avx512amx.c": [*AVX512, "-mavx512vbmi"],  # the tiles are named in assembly
 }
 # gcc's first scheduling pass moves loads and table look-ups so far ahead on Arm that the sums of a
 # kernel no longer fit into the registers; clang has no such pass, and says so.

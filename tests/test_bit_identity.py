@@ -92,10 +92,9 @@ def test_logits_are_the_same_bits_everywhere(
     folders: dict[str, Path], name: str, format: str, compute: str
 ) -> None:
     ids = np.random.default_rng(2).integers(0, 131, 37).tolist()
-    expected: np.ndarray | None = None
+    known: dict[bool, np.ndarray] = {}
     for isa in ISAS:
-        if rounds_to_bf16(format, compute, isa):
-            expected = None
+        rounds = rounds_to_bf16(format, compute, isa)
         for threads in (1, 2):
             model = qllm.Model.from_pretrained(
                 folders[name], format, quantize_head=True, isa=isa, threads=threads, compute=compute
@@ -104,9 +103,10 @@ def test_logits_are_the_same_bits_everywhere(
             assert (info.isa, info.threads, info.compute) == (isa, threads, compute)
             assert set(info.formats) == {format}
             decoder = model.decoder
-            if expected is None:
-                expected = by_decode(decoder, ids)
-                assert np.isfinite(expected).all() and expected.std() > 0.1
+            if rounds not in known:
+                known[rounds] = by_decode(decoder, ids)
+            expected = known[rounds]
+            assert np.isfinite(expected).all() and expected.std() > 0.1
             ways = {
                 "prefill": model.logits(ids),
                 "chunks": by_chunks(decoder, ids, [1, 2, 13, 16, 5]),
@@ -123,14 +123,14 @@ def test_the_built_in_models_too(name: str) -> None:
     """Trained weights, whose activations have the outliers that random ones have not."""
     text = "Once upon a time, there was a little girl named Lily. She loved to play."
     for format, compute in CASES:
-        expected: np.ndarray | None = None
+        known: dict[bool, np.ndarray] = {}
         for isa in reversed(ISAS):
-            if rounds_to_bf16("bf16", compute, ISAS[-1]) and isa == ISAS[-2]:
-                expected = None  # the head is bf16, and the last set alone rounds for it
+            rounds = rounds_to_bf16("bf16", compute, isa)  # the head is bf16
             model = qllm.Model.from_pretrained(name, format, isa=isa, threads=1, compute=compute)
             ids = model.encode(text)
-            if expected is None:
-                expected = by_decode(model.decoder, ids)
+            if rounds not in known:
+                known[rounds] = by_decode(model.decoder, ids)
+            expected = known[rounds]
             count = 3 if isa == "scalar" else 6  # the slow one
             ids = ids[:count] if isa == "scalar" else ids
             assert np.array_equal(model.logits(ids), expected[: len(ids)]), (format, isa)

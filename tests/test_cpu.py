@@ -72,8 +72,9 @@ def x86_sets() -> list[str]:
     avx2 = has({"avx2", "fma", "f16c"})
     avx512 = avx2 and has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
     vbmi, bf16 = avx512 and has({"avx512vbmi"}), avx512 and has({"avx512vbmi", "avx512_bf16"})
+    amx = bf16 and has({"amx_tile", "amx_int8"})
     return (["scalar"] + ["avx2"] * avx2 + ["avx512"] * avx512 + ["avx512vbmi"] * vbmi
-            + ["avx512bf16"] * bf16)
+            + ["avx512bf16"] * bf16 + ["avx512amx"] * amx)
 
 
 def arm_sets() -> list[str]:
@@ -88,11 +89,35 @@ def test_the_sets_are_those_that_the_kernel_reports() -> None:
     if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
         assert set(INFO["compiled"]) <= {"scalar", "neon", "neondot"}
     elif machine == "x86_64":
-        assert INFO["compiled"] == ["scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16"]
+        assert INFO["compiled"] == ["scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16",
+                                    "avx512amx"]
         assert SETS == x86_sets()
     else:
         assert INFO["compiled"] == ["scalar", "neon", "neondot"]
         assert SETS == arm_sets()
+
+
+@pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
+def test_where_the_system_refuses_amx_it_is_absent_and_said_so() -> None:
+    """Linux refuses its state to a process with a signal stack that cannot hold it."""
+    source = """if True:
+        import ctypes
+
+        class Stack(ctypes.Structure):
+            _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+        memory = ctypes.create_string_buffer(4096)
+        small = Stack(ctypes.addressof(memory), 0, 4096)
+        libc = ctypes.CDLL(None)
+        assert libc.sigaltstack(ctypes.byref(small), None) == 0, "no signal stack of 4 KiB"
+        from qllm import _core
+        info = _core.cpu_info()
+        assert info["isas"] == info["compiled"][:-1], info
+        assert "amxint8 (the system refuses it)" in info["features"], info
+    """
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
+                          env={**os.environ, "QLLM_CPU": ""})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("isa", SETS)

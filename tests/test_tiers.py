@@ -227,6 +227,29 @@ def test_names_say_the_tier() -> None:
     assert np.array_equal(y, ragged.matmul_reference(inputs(2, 65)))
 
 
+@pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
+@pytest.mark.parametrize("mode,tier,least", [("auto", "int16", 17), ("int8", "int8", 8)])
+def test_many_rows_go_to_the_matrix_units(mode: str, tier: str, least: int) -> None:
+    for format in FOUR_BIT:
+        q = weight(3, 64, format)
+        for m, end in ((least - 1, ""), (least, ", panels of rows"), (512, ", panels of rows")):
+            name = _core.linear_name(q, m, isa="avx512amx", compute=mode)
+            assert name == f"{format} avx512amx, {tier} activations{end}"
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("format,mode", [("fp4", "auto"), ("nf4-dq", "auto"), ("nf4", "int8")])
+def test_the_largest_sums_of_a_block(isa: str, format: str, mode: str) -> None:
+    """Every code and every value of x at its limit: the halves of int16 are at theirs."""
+    for blocksize in (32, 64):
+        sign = np.sign(rng(blocksize).standard_normal((24, 192))).astype(F32)
+        sign[:8] = np.arange(-4, 4)[:, None] >= 0
+        sign[:8] = 2 * sign[:8] - 1
+        q, x = qllm.quantize(sign, format, blocksize), sign * F32(3)
+        expected = q.matmul_reference(x, tier=expected_tier(format, isa, mode))
+        assert np.array_equal(bits(q.matmul(x, isa=isa, compute=mode)), bits(expected))
+
+
 def test_what_does_not_exist_is_refused() -> None:
     q, x = weight(3, 64, "nf4"), inputs(1, 64)
     with pytest.raises(QllmUnsupportedError, match="compute is 'fast'.*exact, auto and int8"):

@@ -55,14 +55,18 @@ static inline int64_t qllm_attention_scratch(int64_t positions, int64_t heads)
  * `q`, row r at q + r * q_stride bytes:
  *   tier exact, int8 weights    int8, cols padded with zeros to 64: qllm_int8_activation
  *   tiers int16 and int8        int16 or int8 by blocks, in the order that the set's kernels take
- *   tier bf16                   bf16, cols padded with zeros to 32 */
+ *   tier bf16                   bf16, cols padded with zeros to 32
+ * In panels of `panel` rows, where that is not 0, the panel from row r on lies at q + r * q_stride
+ * (qllm_cpu_ops.panel_activation); behind the last row stand zeros up to a whole panel. */
 typedef struct qllm_rows {
     const float *x;
     int64_t m, cols, stride;
     qllm_tier tier;
     const void *q;             /* NULL where the kernel takes x itself */
+    int64_t panel;
     int64_t q_stride;
-    const float *scale;        /* (m), or (m, blocks) in the tiers int16 and int8 */
+    const float *scale;        /* (m), or (m, blocks) in the tiers int16 and int8, in panels
+                                  (panels, blocks, panel) */
     const int32_t *block_sums; /* (m, blocks) sums of the q of a block; tier int8 */
     const int32_t *outliers;   /* row r: outliers[r * cols .. + n_outliers[r]], ascending */
     const int64_t *n_outliers; /* (m) */
@@ -85,6 +89,15 @@ typedef struct qllm_cpu_ops {
      * sums only in tier int8. */
     void (*block_activation)(qllm_tier tier, const float *x, int64_t cols, int64_t block, void *q,
                              float *scale, int32_t *sums);
+    /* Sets that take m rows in the form of tier int16 or int8 by panels say how many rows each has,
+     * 0: no panels.  All together have at most twice as many rows as x.  Other sets: NULL. */
+    int64_t (*panel_rows)(qllm_tier tier, int64_t m);
+    /* A row as block_activation has it, but without sums, into a panel of `rows` rows: q is the
+     * row's first block.  A panel has, of each block, a square: `block` bytes of every row; in tier
+     * int16 one of the high bytes, which are signed, and one of the low bytes, which are not.  The
+     * row's scales go to scale[0], scale[rows], ... */
+    void (*panel_activation)(qllm_tier tier, const float *x, int64_t cols, int64_t block,
+                             int64_t rows, int8_t *q, float *scale);
     /* qllm_bf16_activation of a row, zeros behind up to a multiple of 32.  NULL: the set gains
      * nothing by tier bf16 and does not offer it. */
     void (*bf16_activation)(const float *x, int64_t cols, uint16_t *q);

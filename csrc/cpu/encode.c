@@ -12,7 +12,8 @@ const qllm_encode_ops *qllm_encode_ops_get(qllm_isa isa)
     case QLLM_ISA_AVX2: return &qllm_encode_ops_avx2;
     case QLLM_ISA_AVX512: /* the sets beyond differ in their linear layers alone */
     case QLLM_ISA_AVX512_VBMI:
-    case QLLM_ISA_AVX512_BF16: return &qllm_encode_ops_avx512;
+    case QLLM_ISA_AVX512_BF16:
+    case QLLM_ISA_AVX512_AMX: return &qllm_encode_ops_avx512;
 #elif defined(__aarch64__)
     case QLLM_ISA_NEON: return &qllm_encode_ops_neon;
     case QLLM_ISA_NEONDOT: return &qllm_encode_ops_neondot;

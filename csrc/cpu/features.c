@@ -1,3 +1,6 @@
+#if defined(__linux__)
+#define _DEFAULT_SOURCE /* syscall */
+#endif
 #include "cpu/features.h"
 
 #include <stdint.h>
@@ -5,14 +8,19 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 #if defined(__x86_64__)
 
-/* State components of XCR0 (Intel SDM vol. 1, 13.3): SSE and AVX; opmask, upper ZMM, ZMM 16-31. */
-enum { XCR0_AVX = 0x06, XCR0_AVX512 = 0xe6 };
+/* State components of XCR0 (Intel SDM vol. 1, 13.3): SSE and AVX; opmask, upper ZMM, ZMM 16-31; AMX
+ * configuration and registers. */
+enum { XCR0_AVX = 0x06, XCR0_AVX512 = 0xe6, XCR0_AMX = 0x60000 };
 
 /* The register state that the operating system saves; 0 where XGETBV is not enabled. */
 static uint32_t saved_state(void)
@@ -22,6 +30,18 @@ static uint32_t saved_state(void)
         return 0;
     __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
     return a;
+}
+
+/* Linux gives the state of AMX to processes that ask for it, which threads and children inherit; it
+ * refuses where a signal stack is too small for it (Documentation/arch/x86/xstate.rst). */
+static bool may_use_amx(void)
+{
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
 }
 
 static void read_model(char model[64])
@@ -61,6 +81,9 @@ static qllm_cpu_features detect(void)
     f.avx512vl = avx512 && ((b >> 31) & 1u);
     f.avx512vbmi = avx512 && ((c >> 1) & 1u);
     f.avx512vnni = avx512 && ((c >> 11) & 1u);
+    bool amx = (d >> 24) & (d >> 25) & 1u; /* AMX-TILE, AMX-INT8 */
+    f.amxint8 = amx && (state & XCR0_AMX) == XCR0_AMX && may_use_amx();
+    f.amx_refused = amx && !f.amxint8;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d))
         f.avx512bf16 = avx512 && ((a >> 5) & 1u);
     return f;
@@ -130,7 +153,7 @@ const qllm_cpu_features *qllm_cpu_features_get(void)
 }
 
 static const char *const isa_names[QLLM_ISA_COUNT] = {
-    "scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16", "neon", "neondot",
+    "scalar", "avx2", "avx512", "avx512vbmi", "avx512bf16", "avx512amx", "neon", "neondot",
 };
 
 const char *qllm_isa_name(qllm_isa isa)
@@ -146,7 +169,8 @@ bool qllm_isa_compiled(qllm_isa isa)
     case QLLM_ISA_AVX2:
     case QLLM_ISA_AVX512:
     case QLLM_ISA_AVX512_VBMI:
-    case QLLM_ISA_AVX512_BF16: return true;
+    case QLLM_ISA_AVX512_BF16:
+    case QLLM_ISA_AVX512_AMX: return true;
 #elif defined(__aarch64__)
     case QLLM_ISA_NEON:
     case QLLM_ISA_NEONDOT: return true;
@@ -167,6 +191,7 @@ bool qllm_isa_supported(qllm_isa isa)
     case QLLM_ISA_AVX512: return avx512;
     case QLLM_ISA_AVX512_VBMI: return avx512 && f->avx512vbmi;
     case QLLM_ISA_AVX512_BF16: return avx512 && f->avx512vbmi && f->avx512bf16;
+    case QLLM_ISA_AVX512_AMX: return avx512 && f->avx512vbmi && f->avx512bf16 && f->amxint8;
     case QLLM_ISA_NEON: return f->neon;
     case QLLM_ISA_NEONDOT: return f->neon && f->dotprod;
     default: return true;
@@ -192,7 +217,7 @@ static void list_supported(char *out, size_t capacity)
 
 qllm_status qllm_isa_choose(const char *name, qllm_isa *isa, qllm_error *error)
 {
-    char list[64];
+    char list[96];
     if (name == NULL || name[0] == '\0' || strcmp(name, "auto") == 0) {
         *isa = QLLM_ISA_SCALAR;
         for (int i = 0; i < QLLM_ISA_COUNT; i++)

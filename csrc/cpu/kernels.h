@@ -9,14 +9,17 @@ typedef void qllm_linear_kernel(const qllm_packed *weight, const float *bias, co
 typedef const char *qllm_linear_namer(const qllm_packed *weight, qllm_tier tier, int64_t m);
 
 qllm_linear_kernel qllm_linear_scalar, qllm_linear_avx2, qllm_linear_avx512,
-    qllm_linear_avx512vbmi, qllm_linear_avx512bf16, qllm_linear_neon, qllm_linear_neondot;
+    qllm_linear_avx512vbmi, qllm_linear_avx512bf16, qllm_linear_avx512amx, qllm_linear_neon,
+    qllm_linear_neondot;
 qllm_linear_namer qllm_linear_name_scalar, qllm_linear_name_avx2, qllm_linear_name_avx512,
-    qllm_linear_name_avx512vbmi, qllm_linear_name_avx512bf16, qllm_linear_name_neon,
-    qllm_linear_name_neondot;
+    qllm_linear_name_avx512vbmi, qllm_linear_name_avx512bf16, qllm_linear_name_avx512amx,
+    qllm_linear_name_neon, qllm_linear_name_neondot;
 
 void qllm_bf16_activation_avx512bf16(const float *x, int64_t cols, uint16_t *q);
+int64_t qllm_panel_rows_avx512amx(qllm_tier tier, int64_t m);
 
 extern const qllm_cpu_ops qllm_cpu_ops_scalar, qllm_cpu_ops_avx2, qllm_cpu_ops_avx512,
-    qllm_cpu_ops_avx512vbmi, qllm_cpu_ops_avx512bf16, qllm_cpu_ops_neon, qllm_cpu_ops_neondot;
+    qllm_cpu_ops_avx512vbmi, qllm_cpu_ops_avx512bf16, qllm_cpu_ops_avx512amx, qllm_cpu_ops_neon,
+    qllm_cpu_ops_neondot;
 
 #endif

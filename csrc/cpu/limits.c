@@ -10,6 +10,8 @@ enum { PIECE_TURNS = 1 << 12 }; /* some 10 to 50 microseconds of multiplying */
 const qllm_limits *qllm_limits_get(qllm_isa isa)
 {
 #if defined(__x86_64__)
+    if (isa == QLLM_ISA_AVX512_AMX)
+        return &qllm_limits_avx512amx;
     if (isa >= QLLM_ISA_AVX512)
         return &qllm_limits_avx512;
     if (isa == QLLM_ISA_AVX2)

@@ -6,7 +6,7 @@
 
 enum { READ_SUMS = 8, SUMS = 16 }; /* chains enough to hide the latency of every unit */
 
-static uint64_t read_all(const uint8_t *data, int64_t bytes)
+uint64_t qllm_read_avx512(const uint8_t *data, int64_t bytes)
 {
     __m512i sum[READ_SUMS];
     QLLM_UNROLL
@@ -88,7 +88,7 @@ QLLM_INLINE int64_t multiply_ones(qllm_unit unit, int64_t turns)
     return all;
 }
 
-static int64_t multiply(qllm_unit unit, int64_t turns)
+int64_t qllm_multiply_avx512(qllm_unit unit, int64_t turns)
 {
     switch (unit) {
     case QLLM_UNIT_F32: return multiply_ones(QLLM_UNIT_F32, turns);
@@ -100,8 +100,8 @@ static int64_t multiply(qllm_unit unit, int64_t turns)
 
 const qllm_limits qllm_limits_avx512 = {
     .name = "avx512",
-    .read = read_all,
-    .multiply = multiply,
+    .read = qllm_read_avx512,
+    .multiply = qllm_multiply_avx512,
     .instruction = {[QLLM_UNIT_F32] = "vfmadd231ps zmm", [QLLM_UNIT_INT16] = "vpdpwssd zmm",
                     [QLLM_UNIT_INT8] = "vpdpbusd zmm", [QLLM_UNIT_BF16] = "vdpbf16ps zmm"},
 };

@@ -51,7 +51,7 @@ static bool reserve(int64_t count, int64_t size, int64_t *bytes)
 }
 
 /* LLM.int8() takes 5 bytes for an element of x; int16 takes 2 and two more numbers of 4 bytes for a
- * block of at least 32. */
+ * block of at least 32, and panels of it are at most twice as many rows. */
 int64_t qllm_cpu_linear_scratch(int64_t cols, int64_t m)
 {
     int64_t bytes = 0, padded, elements;
@@ -71,6 +71,7 @@ static void *take(uint8_t *base, int64_t count, int64_t size, int64_t *at)
     return out;
 }
 
+/* m: with the rows that fill the last panel */
 static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols, int64_t m)
 {
     int64_t padded = (cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD, at = 0;
@@ -86,10 +87,10 @@ static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols
     }
     rows.q_stride = form->tier == QLLM_TIER_INT8 ? padded : 2 * padded;
     rows.q = take(scratch, m, rows.q_stride, &at);
-    if (form->tier != QLLM_TIER_BF16) {
+    if (form->tier != QLLM_TIER_BF16)
         rows.scale = take(scratch, m * (cols / form->block), sizeof(float), &at);
+    if (form->tier == QLLM_TIER_INT8)
         rows.block_sums = take(scratch, m * (cols / form->block), sizeof(int32_t), &at);
-    }
     return rows;
 }
 
@@ -106,6 +107,15 @@ typedef struct linear_job {
     float threshold;
 } linear_job;
 
+static void round_into_panel(const linear_job *job, int64_t r)
+{
+    int64_t rows = job->rows.panel, cols = job->rows.cols, block = job->form.block;
+    const float *x = job->rows.x + r * job->rows.stride;
+    int8_t *panel = (int8_t *)job->rounded.q + r / rows * rows * job->rounded.q_stride;
+    job->ops->panel_activation(job->form.tier, x, cols, block, rows, panel + r % rows * block,
+                               job->rounded.scale + r / rows * rows * (cols / block) + r % rows);
+}
+
 static void round_rows(void *context, int64_t begin, int64_t end, int thread)
 {
     const linear_job *job = context;
@@ -115,7 +125,9 @@ static void round_rows(void *context, int64_t begin, int64_t end, int thread)
     for (int64_t r = begin; r < end; r++) {
         const float *x = job->rows.x + r * job->rows.stride;
         void *q = (uint8_t *)to->q + r * to->q_stride;
-        if (job->form.tier == QLLM_TIER_EXACT)
+        if (job->rows.panel > 0)
+            round_into_panel(job, r);
+        else if (job->form.tier == QLLM_TIER_EXACT)
             job->ops->int8_activation(x, cols, job->threshold, q, &to->scale[r],
                                       to->outliers + r * cols, &to->n_outliers[r]);
         else if (job->form.tier == QLLM_TIER_BF16)
@@ -192,6 +204,25 @@ static void take_form(linear_job *job)
     job->rows.n_outliers = job->rounded.n_outliers;
 }
 
+/* Memory for the rounded form, with zeros in the last panel, which may not be full. */
+static void open_panels(linear_job *job, void *scratch)
+{
+    int64_t m = job->rows.m, cols = job->rows.cols, rows = 0, padded = m;
+    bool blocks = job->form.tier == QLLM_TIER_INT16 || job->form.tier == QLLM_TIER_INT8;
+    if (blocks && job->ops->panel_rows != NULL)
+        rows = job->ops->panel_rows(job->form.tier, m);
+    if (rows > 0)
+        padded = (m + rows - 1) / rows * rows;
+    job->rows.panel = rows;
+    job->rounded = divide_scratch(scratch, &job->form, cols, padded);
+    if (padded == m)
+        return;
+    int64_t first = padded - rows, of_row = cols / job->form.block;
+    memset((int8_t *)job->rounded.q + first * job->rounded.q_stride, 0,
+           (size_t)(rows * job->rounded.q_stride));
+    memset(job->rounded.scale + first * of_row, 0, (size_t)(rows * of_row) * sizeof(float));
+}
+
 /* The rounded form of x, made by all threads where there are many rows. */
 static void make_form(linear_job *job, qllm_threads *threads, bool small, bool int8_batch,
                       void *scratch)
@@ -200,7 +231,7 @@ static void make_form(linear_job *job, qllm_threads *threads, bool small, bool i
     job->rows.tier = job->form.tier;
     if (job->form.tier == QLLM_TIER_EXACT && !job->form.int8_weights)
         return;
-    job->rounded = divide_scratch(scratch, &job->form, cols, m);
+    open_panels(job, scratch);
     if (small || m <= BLOCK_ROWS)
         round_rows(job, 0, m, 0);
     else

@@ -240,8 +240,8 @@ static void int8_activation(const float *x, int64_t cols, float threshold, int8_
         q[outliers[j]] = 0;
 }
 
-/* One block of `block` values by tier; returns its scale. */
-QLLM_INLINE float round_block(const bool wide, const float *x, int64_t block, void *q)
+/* What the values of a block are multiplied by, 0 where all of them become 0; and its scale. */
+QLLM_INLINE float block_factor(const bool wide, const float *x, int64_t block, float *scale)
 {
     const float limit = wide ? QLLM_INT16_LIMIT : QLLM_INT8_LIMIT;
     ilanes largest = ilanes_set1(0);
@@ -249,9 +249,18 @@ QLLM_INLINE float round_block(const bool wide, const float *x, int64_t block, vo
         largest = ilanes_max(largest, lanes_bits(lanes_abs(lanes_load(x + i))));
     float absmax = qllm_float_from_bits((uint32_t)ilanes_max_all(largest));
     float factor = limit / absmax;
-    if (!isfinite(absmax) || !isfinite(factor)) {
+    bool usable = isfinite(absmax) && isfinite(factor);
+    *scale = usable ? absmax / limit : isfinite(absmax) ? 0.0f : NAN;
+    return usable ? factor : 0.0f;
+}
+
+/* One block of `block` values by tier. */
+QLLM_INLINE void round_block(const bool wide, const float *x, int64_t block, void *q, float *scale)
+{
+    float factor = block_factor(wide, x, block, scale);
+    if (factor == 0.0f) {
         memset(q, 0, (size_t)block * (wide ? 2 : 1));
-        return isfinite(absmax) ? 0.0f : NAN;
+        return;
     }
     for (int64_t i = 0; i < block; i += 16) {
         lanes scaled = lanes_mul(lanes_load(x + i), lanes_set1(factor));
@@ -260,7 +269,6 @@ QLLM_INLINE float round_block(const bool wide, const float *x, int64_t block, vo
         else
             lanes_store_quads((int8_t *)q + i, scaled);
     }
-    return absmax / limit;
 }
 
 static void block_activation(qllm_tier tier, const float *x, int64_t cols, int64_t block, void *q,
@@ -268,12 +276,12 @@ static void block_activation(qllm_tier tier, const float *x, int64_t cols, int64
 {
     if (tier == QLLM_TIER_INT16) {
         for (int64_t first = 0; first < cols; first += block)
-            *scale++ = round_block(true, x + first, block, (int16_t *)q + first);
+            round_block(true, x + first, block, (int16_t *)q + first, scale++);
         return;
     }
     for (int64_t first = 0; first < cols; first += block) {
         const int8_t *codes = (int8_t *)q + first;
-        *scale++ = round_block(false, x + first, block, (int8_t *)q + first);
+        round_block(false, x + first, block, (int8_t *)q + first, scale++);
         int32_t sum = 0;
         for (int64_t i = 0; i < block; i++)
             sum += codes[i];

@@ -126,7 +126,9 @@ static PyObject *feature_list(const qllm_cpu_features *f)
         {"avx2", f->avx2}, {"fma", f->fma}, {"f16c", f->f16c}, {"avx512f", f->avx512f},
         {"avx512bw", f->avx512bw}, {"avx512vl", f->avx512vl}, {"avx512dq", f->avx512dq},
         {"avx512vnni", f->avx512vnni}, {"avx512vbmi", f->avx512vbmi},
-        {"avx512bf16", f->avx512bf16}, {"neon", f->neon}, {"dotprod", f->dotprod},
+        {"avx512bf16", f->avx512bf16}, {"amxint8", f->amxint8},
+        {"amxint8 (the system refuses it)", f->amx_refused}, {"neon", f->neon},
+        {"dotprod", f->dotprod},
     };
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list != NULL && i < sizeof table / sizeof *table; i++) {
