@@ -3,6 +3,7 @@ and the kernels for NVIDIA GPUs, which are built where nvcc is there and left ou
 
 QLLM_SANITIZE=address,undefined (or thread)  builds the extension for those sanitizers, no kernels
 QLLM_WERROR=1                                 turns warnings into errors (CI does)
+QLLM_CFLAGS=-O0                               more flags for the C compiler, behind all others
 QLLM_CUDA=1                                   a failure to build qllm/_cuda.so is an error
 QLLM_NO_CUDA=1                                leaves qllm/_cuda.so out
 QLLM_CUDA_ARCHES="80 90"                      the compute capabilities it is built for, without dots
@@ -229,7 +230,9 @@ class StaticLibrary(Command):
 
 
 def compile_flags() -> list[str]:
-    return [*COMMON, "-Werror"] if is_set("QLLM_WERROR") else list(COMMON)
+    """For all C files; what QLLM_CFLAGS has comes last."""
+    werror = ["-Werror"] if is_set("QLLM_WERROR") else []
+    return [*COMMON, *werror, *shlex.split(os.environ.get("QLLM_CFLAGS", ""))]
 
 
 def extension() -> Extension:
