@@ -18,6 +18,7 @@ constexpr int64_t ALIGNMENT = 256;
 /* How work is numbered: tiles of `rows` consecutive rows and `queries` queries. */
 typedef struct work_shape {
     int rows, queries;
+    int group;   /* query heads of a key-value head */
     int groups;  /* of rows */
     int tiles;   /* of one group of rows and one key-value head */
     int splits;
@@ -74,8 +75,9 @@ GPU_DEVICE inline attention_tile tile_of(const gpu_attention &a, const work_shap
     t.row = group * w.rows;
     t.rows = a.rows - t.row < w.rows ? a.rows - t.row : w.rows;
     t.kv_head = kv_head;
+    t.group = w.group;
     t.first = index * w.queries;
-    int queries = t.rows * (a.heads / a.kv_heads) - t.first;
+    int queries = t.rows * w.group - t.first;
     t.queries = queries < w.queries ? queries : w.queries;
     return t;
 }
@@ -96,7 +98,7 @@ GPU_DEVICE inline lane_view view_of(const gpu_attention &a, const attention_tile
         v.row = attention_span_of(a, tile.row + lane);
 GPU_UNROLL
     for (int h = 0; h < 2; h++) {
-        attention_query q = attention_query_of(a, tile, lane / 4 + 8 * h);
+        attention_query q = attention_query_of(tile, lane / 4 + 8 * h);
         bool there = lane / 4 + 8 * h < tile.queries;
         v.place[h] = there ? q.place : 31;
         if (there)
@@ -251,7 +253,7 @@ GPU_DEVICE inline void store_split(const gpu_attention &a, const attention_tile 
         float sum = 0.0f;
         for (int strip = 0; strip < GPU_SPLIT_STRIPS; strip++)
             sum = attention_apply(s.merge[strip][query], sum, s.o[strip][query][p]);
-        attention_query q = attention_query_of(a, tile, query);
+        attention_query q = attention_query_of(tile, query);
         attention_span seen = attention_span_of(a, q.row);
         if (seen.begin / GPU_SPLIT == (seen.end - 1) / GPU_SPLIT) {
             attention_out(a, q)[d] = sum / s.sum[query].l;
@@ -291,10 +293,10 @@ GPU_DEVICE inline void merge_splits(const gpu_attention &a, const attention_tile
                                     const split_memory<HD> &s)
 {
     partials parts = partials_of(a);
-    for (int i = threadIdx.x; i < tile.queries * a.head_dim; i += SPLIT_THREADS) {
-        attention_query q = attention_query_of(a, tile, i / a.head_dim);
-        int d = i % a.head_dim;
-        if (!s.complete[q.place])
+    for (int i = threadIdx.x; i < tile.queries * HD; i += SPLIT_THREADS) {
+        attention_query q = attention_query_of(tile, i / HD);
+        int d = i % HD;
+        if (d >= a.head_dim || !s.complete[q.place])
             continue;
         attention_span seen = attention_span_of(a, q.row);
         attention_sum sum = {0.0f, 0.0f};
@@ -318,9 +320,10 @@ attend_splits(const gpu_attention a, const work_shape w)
     gpu_wait_for_previous();
     int warp = threadIdx.x / GPU_WARP, pieces = w.groups * w.splits * a.kv_heads * w.tiles;
     for (int i = blockIdx.x; i < pieces; i += w.blocks) {
-        int group = i / w.tiles / a.kv_heads / w.splits;
-        int split = i / w.tiles / a.kv_heads % w.splits;
-        attention_tile tile = tile_of(a, w, group, i / w.tiles % a.kv_heads, i % w.tiles);
+        unsigned head = (unsigned)i / (unsigned)w.tiles, piece = head / (unsigned)a.kv_heads;
+        int group = (int)(piece / (unsigned)w.splits), split = (int)piece - group * w.splits;
+        attention_tile tile = tile_of(a, w, group, (int)(head - piece * (unsigned)a.kv_heads),
+                                      i - (int)head * w.tiles);
         if (!is_seen(a, tile, split))
             continue;
         attention_sum nothing = {0.0f, 0.0f};
@@ -402,7 +405,7 @@ GPU_UNROLL
             continue;
         attention_factors f = attention_merge(&sum[h], part[h]);
         bool is_last = split == (view.seen[h].end - 1) / GPU_SPLIT;
-        float *out = attention_out(a, attention_query_of(a, tile, lane / 4 + 8 * h));
+        float *out = attention_out(a, attention_query_of(tile, lane / 4 + 8 * h));
         for (int i = 0; i < HD / 8 * 2; i++) {
             int d = i / 16 * 64 + lane % 4 * 16 + i % 16;
             if (d >= a.head_dim)
@@ -482,6 +485,7 @@ work_shape shape_of(const gpu_attention *a, int queries, int rows)
 {
     work_shape w;
     int group = a->heads / a->kv_heads, most = queries / group;
+    w.group = group;
     w.rows = rows < most ? rows : most;
     w.rows = w.rows < 1 ? 1 : w.rows;
     w.queries = queries;

@@ -32,21 +32,21 @@ GPU_DEVICE inline attention_span attention_span_of(const gpu_attention &a, int r
 }
 
 /* Up to 16 queries that go together: the query heads of one key-value head, for consecutive rows,
- * numbered row by row; of those the ones from `first` on. */
+ * numbered row by row; of those the ones from `first` on.  group: query heads of a key-value head. */
 typedef struct attention_tile {
-    int row, rows, kv_head, first, queries;
+    int row, rows, kv_head, group, first, queries;
 } attention_tile;
 
 typedef struct attention_query {
     int place, row, head; /* place: row - tile.row */
 } attention_query;
 
-GPU_DEVICE inline attention_query attention_query_of(const gpu_attention &a,
-                                                     const attention_tile &tile, int query)
+GPU_DEVICE inline attention_query attention_query_of(const attention_tile &tile, int query)
 {
-    int group = a.heads / a.kv_heads, index = tile.first + query;
-    attention_query q = {index / group, tile.row + index / group,
-                         tile.kv_head * group + index % group};
+    int index = tile.first + query;
+    int place = (int)((unsigned)index / (unsigned)tile.group);
+    attention_query q = {place, tile.row + place,
+                         tile.kv_head * tile.group + index - place * tile.group};
     return q;
 }
 
@@ -68,10 +68,9 @@ GPU_DEVICE inline float4 attention_load_query(const gpu_attention &a, const atte
     float4 none = {0.0f, 0.0f, 0.0f, 0.0f};
     if (query >= tile.queries || d >= a.head_dim)
         return none;
-    int group = a.heads / a.kv_heads;
-    attention_query at = attention_query_of(a, tile, query);
+    attention_query at = attention_query_of(tile, query);
     const float *q = a.q + at.row * a.q_stride + tile.kv_head * a.q_group +
-                     (int64_t)(at.head % group) * a.head_dim + d;
+                     (int64_t)(at.head - tile.kv_head * tile.group) * a.head_dim + d;
     float4 v = *(const float4 *)(const void *)q;
     v.x *= a.scale, v.y *= a.scale, v.z *= a.scale, v.w *= a.scale;
     return v;
