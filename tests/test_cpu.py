@@ -129,6 +129,18 @@ def test_the_forced_set_is_the_one_that_runs(isa: str, format: str) -> None:
             assert name.startswith(f"{format} {isa}, "), name
 
 
+@pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
+def test_many_rows_by_int8_weights_go_to_the_matrix_units() -> None:
+    w = weight(37, 2113, "int8")  # more columns than are taken at a time, an odd number of tiles
+    names = [_core.linear_name(w, m, isa="avx512amx") for m in (1, 2, 300)]
+    assert names == ["int8 avx512amx, 1 row", "int8 avx512amx, panels of rows",
+                     "int8 avx512amx, panels of rows"]
+    x = inputs(300, 2113)  # more rows than a pass takes, in panels that overlap
+    for m in (2, 17, 300):
+        y = w.matmul(x[:m], isa="avx512amx", threads=2)
+        assert_same_bits(y, w.matmul(x[:m], isa="scalar"), m)
+
+
 @pytest.mark.parametrize("isa", SETS)
 def test_qllm_cpu_forces_a_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLLM_CPU", isa)

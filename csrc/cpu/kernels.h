@@ -11,6 +11,7 @@ typedef const char *qllm_linear_namer(const qllm_packed *weight, qllm_tier tier,
 qllm_linear_kernel qllm_linear_scalar, qllm_linear_avx2, qllm_linear_avx512,
     qllm_linear_avx512vbmi, qllm_linear_avx512bf16, qllm_linear_avx512amx, qllm_linear_neon,
     qllm_linear_neondot;
+qllm_linear_kernel qllm_linear_int8_avx512amx; /* int8 weights, any number of rows */
 qllm_linear_namer qllm_linear_name_scalar, qllm_linear_name_avx2, qllm_linear_name_avx512,
     qllm_linear_name_avx512vbmi, qllm_linear_name_avx512bf16, qllm_linear_name_avx512amx,
     qllm_linear_name_neon, qllm_linear_name_neondot;

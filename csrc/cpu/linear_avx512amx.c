@@ -1,5 +1,5 @@
-/* Integer products by the matrix units (AMX).  Few rows, and everything else, are those of the set
- * below.
+/* 4-bit weights by integers in the matrix units (AMX); int8 weights are in linear_int8_avx512amx.c.
+ * Few rows, and everything else, are those of the set below.
  *
  * The sum of a block, d = sum_k c_k * q_k, is exact in int32, so that it may be put together from
  * products of bytes.  Tier int16 has q and c in two halves, v = 256 * high + low with low in
@@ -23,11 +23,12 @@
 #include "cpu/tile_stream.h"
 
 enum {
-    STRIP_BLOCKS = 16,        /* blocks that are decoded at a time */
+    STRIP_BLOCKS = 32,        /* blocks that are decoded at a time */
     PASS_BYTES = 1 << 20,     /* of x stay in the second-level cache while all tiles use them */
-    PASS_ROWS = 512,
+    PASS_ROWS = 256,
     LEAST_ROWS_INT16 = 17,    /* fewer are faster by the set below */
-    LEAST_ROWS_INT8 = 8,
+    LEAST_ROWS_INT8 = 12,
+    LEAST_ROWS_WEIGHTS = 2,  /* of int8 */
     HIGH_HIGH = 0, MIDDLE = 1, LOW_LOW = 2 /* squares of sums */
 };
 
@@ -319,6 +320,8 @@ void qllm_linear_avx512amx(const qllm_packed *weight, const float *bias, const q
 {
     if (rows->panel > 0)
         linear_codes(weight, bias, rows, tile_begin, tile_end, y, y_stride);
+    else if (weight->layout == QLLM_LAYOUT_INT8 && rows->m >= LEAST_ROWS_WEIGHTS)
+        qllm_linear_int8_avx512amx(weight, bias, rows, tile_begin, tile_end, y, y_stride);
     else
         qllm_linear_avx512vbmi(weight, bias, rows, tile_begin, tile_end, y, y_stride);
 }
@@ -341,5 +344,7 @@ const char *qllm_linear_name_avx512amx(const qllm_packed *weight, qllm_tier tier
     };
     if (tier != QLLM_TIER_EXACT && qllm_panel_rows_avx512amx(tier, m) > 0)
         return panels[tier == QLLM_TIER_INT16][weight->format];
+    if (weight->layout == QLLM_LAYOUT_INT8 && m >= LEAST_ROWS_WEIGHTS)
+        return "int8 " LANES_ISA ", panels of rows";
     return linear_any_name(weight, tier, m);
 }

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "cpu/cpu_ops.h"
-#include "cpu/packed_layout.h"
+#include "cpu/linear_int8_finish.h"
 
 enum { INT8_CHAINS = 4 }; /* sums side by side where one row and one tile are all there is */
 
@@ -15,26 +15,6 @@ QLLM_INLINE int32_t four_codes(const int8_t *q)
     int32_t word;
     memcpy(&word, q, sizeof word);
     return word;
-}
-
-/* From the exact sum to the output: scales, outlier columns in float32, bias. */
-static void finish_int8(const qllm_packed *packed, const float *bias, const qllm_rows *in,
-                        int64_t tile, int64_t row, ilanes sum, float *y, int64_t y_stride)
-{
-    int64_t o = tile * QLLM_TILE_ROWS, left = packed->rows - o;
-    int64_t n = left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
-    const uint8_t *base = qllm_packed_tile(packed, tile);
-    const float *x = in->x + row * in->stride;
-    lanes scale = lanes_mul(lanes_load(packed->row_absmax + o), lanes_set1(1.0f / 127.0f));
-    lanes value = lanes_mul(lanes_from_int(sum), lanes_mul(lanes_set1(in->scale[row]), scale));
-    for (int64_t j = 0; j < in->n_outliers[row]; j++) {
-        int64_t k = in->outliers[row * in->cols + j];
-        lanes w = lanes_int8_column(ilanes_load(base + k / 4 * QLLM_LINE), (int)(k % 4));
-        value = lanes_fma(lanes_set1(x[k]), lanes_mul(w, scale), value);
-    }
-    if (bias != NULL)
-        value = lanes_add(value, lanes_load_n(bias + o, n));
-    lanes_store_n(y + row * y_stride + o, value, n);
 }
 
 /* `rows` rows of x from `row` on by `tiles` tiles from `tile` on. */
