@@ -320,8 +320,8 @@ def round_int8(
     """Rounds x (m, cols) as bitsandbytes does for LLM.int8(), by addresses: q int8 (m, cols),
     absmax float32 (m,), used uint8 (cols,) 1 for the columns that hold |x| >= threshold."""
 
-def sample_words(address: int, nbytes: int, /) -> int:
-    """A number that most changes of that memory change."""
+def sample_words(*addresses_and_nbytes: int) -> int:
+    """A number that most changes of these pieces of memory change: address, nbytes, address, ..."""
 
 # the limits of this machine: csrc/python/py_limits.c over csrc/cpu/limits.h
 

@@ -297,34 +297,32 @@ static void read_product(reader *from, qllm_image *image, qllm_image_product *pr
     product->rows = read_int(from);
 }
 
-static PyObject *py_image_linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static void read_rounded(reader *from, qllm_rounded_x *rounded)
 {
-    qllm_state *state = qllm_state_of(module);
-    reader from = {args};
-    qllm_image image;
-    qllm_image_product product = {.x = NULL};
-    qllm_multiplier by;
-    qllm_error error;
-    qllm_status status;
-    if (wrong_count("image_linear", count, PRODUCT_ARGUMENTS + 2))
-        return NULL;
-    read_product(&from, &image, &product);
-    const char *compute = PyUnicode_AsUTF8(*from.next++);
-    product.options.int8_threshold = (float)PyFloat_AsDouble(*from.next++);
-    if (PyErr_Occurred() || qllm_parse_compute(state, compute, &product.options.compute) < 0 ||
-        choose_multiplier(state, &by) < 0)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = qllm_image_linear(&by, &image, &product, &error);
-    Py_END_ALLOW_THREADS
+    rounded->q = read_address(from);
+    rounded->absmax = read_address(from);
+    rounded->outliers = read_address(from);
+    rounded->n_outliers = read_int(from);
+}
+
+static int read_options(const qllm_state *state, reader *from, qllm_linear_options *options)
+{
+    const char *compute = PyUnicode_AsUTF8(*from->next++);
+    options->int8_threshold = (float)PyFloat_AsDouble(*from->next++);
+    return PyErr_Occurred() ? -1 : qllm_parse_compute(state, compute, &options->compute);
+}
+
+static PyObject *none_unless(const qllm_state *state, qllm_status status, const qllm_error *error)
+{
     if (status != QLLM_OK)
-        return qllm_raise(state, &error);
+        return qllm_raise(state, error);
     Py_RETURN_NONE;
 }
 
-static PyObject *py_image_linear_int8(PyObject *module, PyObject *const *args, Py_ssize_t count)
+/* A product with x as it is or, `is_rounded`, with one that the caller has rounded. */
+static PyObject *multiply(qllm_state *state, PyObject *const *args, Py_ssize_t count,
+                          bool is_rounded)
 {
-    qllm_state *state = qllm_state_of(module);
     reader from = {args};
     qllm_image image;
     qllm_image_product product = {.x = NULL};
@@ -332,21 +330,31 @@ static PyObject *py_image_linear_int8(PyObject *module, PyObject *const *args, P
     qllm_multiplier by;
     qllm_error error;
     qllm_status status;
-    if (wrong_count("image_linear_int8", count, PRODUCT_ARGUMENTS + 4))
+    if (wrong_count(is_rounded ? "image_linear_int8" : "image_linear", count,
+                    PRODUCT_ARGUMENTS + (is_rounded ? 4 : 2)))
         return NULL;
     read_product(&from, &image, &product);
-    rounded.q = read_address(&from);
-    rounded.absmax = read_address(&from);
-    rounded.outliers = read_address(&from);
-    rounded.n_outliers = read_int(&from);
+    if (is_rounded)
+        read_rounded(&from, &rounded);
+    else if (read_options(state, &from, &product.options) < 0)
+        return NULL;
     if (PyErr_Occurred() || choose_multiplier(state, &by) < 0)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    status = qllm_image_linear_int8(&by, &image, &product, &rounded, &error);
+    status = is_rounded ? qllm_image_linear_int8(&by, &image, &product, &rounded, &error)
+                        : qllm_image_linear(&by, &image, &product, &error);
     Py_END_ALLOW_THREADS
-    if (status != QLLM_OK)
-        return qllm_raise(state, &error);
-    Py_RETURN_NONE;
+    return none_unless(state, status, &error);
+}
+
+static PyObject *py_image_linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    return multiply(qllm_state_of(module), args, count, false);
+}
+
+static PyObject *py_image_linear_int8(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    return multiply(qllm_state_of(module), args, count, true);
 }
 
 static PyObject *py_round_int8(PyObject *module, PyObject *const *args, Py_ssize_t count)
@@ -370,24 +378,14 @@ static PyObject *py_round_int8(PyObject *module, PyObject *const *args, Py_ssize
     Py_BEGIN_ALLOW_THREADS
     status = qllm_round_int8(&by, x, dtype, m, cols, threshold, q, absmax, used, &error);
     Py_END_ALLOW_THREADS
-    if (status != QLLM_OK)
-        return qllm_raise(state, &error);
-    Py_RETURN_NONE;
+    return none_unless(state, status, &error);
 }
 
-/* A number that most changes of the memory change: of words spread over it evenly. */
-static PyObject *py_sample_words(PyObject *module, PyObject *const *args, Py_ssize_t count)
+/* Words spread over the memory evenly, or all of its bytes where it is small, mixed into `sum`. */
+static uint64_t sample(const uint8_t *memory, int64_t bytes, uint64_t sum)
 {
     enum { WORDS = 32 };
-    reader from = {args};
-    uint64_t sum = 0;
-    (void)module;
-    if (wrong_count("sample_words", count, 2))
-        return NULL;
-    const uint8_t *memory = read_address(&from);
-    int64_t bytes = read_int(&from), step = bytes / WORDS;
-    if (PyErr_Occurred())
-        return NULL;
+    int64_t step = bytes / WORDS;
     for (int64_t i = 0; i < bytes && step < 8; i++)
         sum = (sum ^ memory[i]) * 0x9e3779b97f4a7c15u;
     for (int64_t i = 0; i < WORDS && step >= 8; i++) {
@@ -395,6 +393,23 @@ static PyObject *py_sample_words(PyObject *module, PyObject *const *args, Py_ssi
         memcpy(&word, memory + i * step + (i * 8) % (step - 7), sizeof word);
         sum = (sum ^ word) * 0x9e3779b97f4a7c15u;
         sum ^= sum >> 29;
+    }
+    return sum;
+}
+
+static PyObject *py_sample_words(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    reader from = {args};
+    uint64_t sum = 0;
+    (void)module;
+    if (wrong_count("sample_words", count, count + count % 2))
+        return NULL;
+    while (from.next < args + count) {
+        const uint8_t *memory = read_address(&from);
+        int64_t bytes = read_int(&from);
+        if (PyErr_Occurred())
+            return NULL;
+        sum = sample(memory, bytes, sum);
     }
     return PyLong_FromUnsignedLongLong(sum);
 }
@@ -441,8 +456,8 @@ static PyMethodDef functions[] = {
      "Rounds x (m, cols) as bitsandbytes does for LLM.int8(), by addresses: q int8 (m, cols),\n"
      "absmax float32 (m,), used uint8 (cols,) 1 for the columns that hold |x| >= threshold."},
     {"sample_words", FAST(py_sample_words),
-     "sample_words($module, address, nbytes, /)\n--\n\n"
-     "A number that most changes of that memory change."},
+     "sample_words($module, *addresses_and_nbytes)\n--\n\n"
+     "A number that most changes of these pieces of memory change: address, nbytes, address, ..."},
     {NULL, NULL, 0, NULL},
 };
 
