@@ -4,10 +4,10 @@ beside the same model in bfloat16 and with bitsandbytes.
     python benchmarks/beside_torch.py --threads 2 --json torch.json
     python benchmarks/beside_torch.py --backend     bitsandbytes computes with qllm's kernels
 
-Layers: one row of x; the module called as any torch module is, against the kernel called with
-addresses. Models: --shape, a random Llama, and the demo model; greedy, one sequence, the time of
-the prompt included. All alternate in each round, in one process; what counts is the median of the
-ratios within the rounds. Needs pip install "qllm[test]". (A file named torch.py here would be found
+Layers: one row of x; the module called as any torch module is, and the kernel called with
+addresses, in turn; what counts is the median of the differences. Models: --shape, a random Llama,
+and the demo model; greedy, one sequence, the time of the prompt included. They alternate in each
+round; what counts is the median of the ratios within the rounds. All in one process. Needs pip install "qllm[test]". (A file named torch.py here would be found
 in place of torch.)
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +27,36 @@ from common import Candidate
 from qllm import _core
 
 LAYERS = ((64, 16), (1024, 1024), (4096, 4096))  # in_features, out_features
-CALLS = {16: 2000, 1024: 500, 4096: 50}  # in a round, by out_features
+PAIRS = 201  # of calls, for a layer
+COPIES = 3   # of a layer, one after the other, as a model's
 FORMATS = ("nf4", "int8")
 ENGINES = ("bf16", *(f"{library} {format}" for format in FORMATS
                      for library in ("qllm", "bitsandbytes")))
 
 
-def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
-    """A call that makes `times` calls."""
-    def run() -> None:
-        for _ in range(times):
-            call()
-    return run
-
-
-def layer_candidates() -> list[Candidate]:
-    """For every shape and format a module and its bare kernel, and a module of torch."""
+def overheads() -> dict[str, list[float]]:
+    """Seconds of a module's call beyond its bare kernel's, for every shape and format: call by call
+    in turn, so that both begin with the caches that a kernel leaves behind."""
     import torch
 
     from qllm.integrations.torch import Linear
 
-    found = []
+    found = {}
     for cols, rows in LAYERS:
-        source = torch.nn.Linear(cols, rows, bias=False)
         x, y = torch.randn(1, cols), torch.empty(1, rows)
-        layers: dict[str, Callable[[], Any]] = {"torch f32": lambda m=source, x=x: m(x)}
         for format in FORMATS:
-            layer = Linear.from_linear(source, format)
-            weight = layer.weight
-            arguments = (weight.data_ptr(), weight.numel(), x.data_ptr(), 0, 1, cols, 0, 0,
-                         y.data_ptr(), rows, "auto", 6.0)
-            layers[f"{format} module"] = lambda m=layer, x=x: m(x)
-            layers[f"{format} kernel"] = lambda a=arguments, kept=(weight, x, y): (
-                _core.image_linear(*a))
-        found += [Candidate(f"{rows} x {cols} {name}", repeated(call, CALLS[rows]), CALLS[rows])
-                  for name, call in layers.items()]
+            layers = [Linear.from_linear(torch.nn.Linear(cols, rows, bias=False), format)
+                      for _ in range(COPIES)]
+            calls = [(layer.weight.data_ptr(), layer.weight.numel(), x.data_ptr(), 0, 1, cols, 0, 0,
+                      y.data_ptr(), rows, "auto", 6.0) for layer in layers]
+            differences = []
+            for turn in range(PAIRS + COPIES):
+                start = time.perf_counter()
+                layers[turn % COPIES](x)
+                middle = time.perf_counter()
+                _core.image_linear(*calls[(turn + 1) % COPIES])
+                differences.append(2 * middle - start - time.perf_counter())
+            found[f"{rows} x {cols} {format}"] = differences[COPIES:]
     return found
 
 
@@ -122,21 +117,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if options.backend:
         os.environ["QLLM_BNB_BACKEND"] = "1"
+        import bitsandbytes  # noqa: F401  whose operators there must be
+
         from qllm.integrations import bitsandbytes as backend
 
         backend.register()
     with torch.inference_mode():
-        times = common.measure(layer_candidates(), options.rounds)
-    overheads = {}
-    for name in times:
-        if name.endswith("module"):
-            pairs = zip(times[name], times[name.replace("module", "kernel")], strict=True)
-            overheads[name] = common.spread([1e6 * (module - kernel) for module, kernel in pairs])
+        beyond = {name: common.spread([1e6 * seconds for seconds in differences])
+                  for name, differences in overheads().items()}
     from qllm import demo
 
     folders = {f"random {options.shape}": llama_folder.make(
         options.folder or llama_folder.default_folder(options.shape),
         llama_folder.SHAPES[options.shape]), "demo:llama": Path(demo.path("llama"))}
+    times: dict[str, list[float]] = {}
     ratios: dict[str, dict[str, dict[str, float]]] = {}
     for name, folder in folders.items():
         found = common.measure(model_candidates(name, folder, options), options.rounds, warmups=1,
@@ -147,7 +141,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                             for other in found if other != ours}
     return {"benchmark": "beside_torch", "machine": common.machine(),
             "options": {**vars(options), "folder": None, "json": None}, "backend": options.backend,
-            "overhead_microseconds": overheads, "speed_ratios": ratios, "seconds": times}
+            "overhead_microseconds": beyond, "speed_ratios": ratios, "seconds": times}
 
 
 def show(result: dict[str, Any]) -> None:
