@@ -112,12 +112,14 @@ class PackedWeights:
         self, tensors: Sequence[Tensor], options: tuple[Any, ...], make: Callable[[], Tensor]
     ) -> Tensor:
         """The form for these tensors and options, from `make` where there is none or another."""
-        key = (*options, *[tensor.data_ptr() for tensor in tensors])
+        places: list[int] = []
         state: list[int] = []
         for tensor in tensors:
+            places += (tensor.data_ptr(), tensor.nbytes)
             # a tensor made in inference mode has no version, and none of its changes are counted
             state.append(-1 if tensor.is_inference() else tensor._version)
-            state.append(_core.sample_words(tensor.data_ptr(), tensor.nbytes))
+        state.append(_core.sample_words(*places))
+        key = (*options, *places)
         found = self._held.get(key)
         if found is not None and found[0] == tuple(state):
             return found[1]
@@ -193,17 +195,17 @@ def gemv_4bit(
 ) -> Tensor:
     """A W^T for any number of rows. Where absmax is (K / blocksize, N) the weight is in the layout
     into which bitsandbytes repacks weights for processors with bf16 instructions."""
-    quant_type = "fp4" if float(code[1]) > 0 else "nf4"
     repacked = absmax.dim() == 2
 
     def make() -> Tensor:
+        quant_type = "fp4" if float(code[1]) > 0 else "nf4"
         if repacked:
             scales = absmax.t().float().reshape(-1)
             return _pack_4bit(_standard(B, shapeB), shapeB, blocksize, quant_type,
                               {"absmax": scales})
         return _pack_4bit(B, shapeB, blocksize, quant_type, {"absmax": absmax})
 
-    image = weights.get([B, absmax], (quant_type, *shapeB, blocksize, repacked), make)
+    image = weights.get([B, absmax, code], (*shapeB, blocksize, repacked), make)
     return _product_4bit(A, image, shapeB, None)
 
 
