@@ -282,7 +282,7 @@ def token_ids(value: Any, vocab: int, what: str) -> tuple[int, ...]:
     ids = []
     _refuse_no_ids(value, what)
     try:
-        items = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else list(value)
+        items = value.tolist() if _dimensions(value) == 1 else list(value)
     except TypeError:
         raise QllmValueError(
             f"{what} is a {type(value).__name__}; token ids were expected"
@@ -316,19 +316,29 @@ def _refuse_no_ids(value: Any, what: str) -> None:
         )
 
 
+def _dimensions(value: Any) -> int | None:
+    """Of an array of NumPy, torch, JAX or the like; None for anything else."""
+    found = getattr(value, "ndim", None)
+    return found if isinstance(found, int) and hasattr(value, "tolist") else None
+
+
 def is_batch(prompt: Any) -> bool:
     """Whether `prompt` is several prompts: a sequence of texts or of sequences."""
     if isinstance(prompt, str):
         return False
     _refuse_no_ids(prompt, "the prompt")
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim > 1
+    dimensions = _dimensions(prompt)
+    if dimensions is not None:
+        return dimensions > 1
     if not hasattr(prompt, "__len__") or not hasattr(prompt, "__getitem__"):
         raise QllmValueError(
             f"the prompt is a {type(prompt).__name__}; a text, token ids, or a list of either was "
             "expected"
         )
-    return len(prompt) > 0 and (isinstance(prompt[0], str) or hasattr(prompt[0], "__len__"))
+    if len(prompt) == 0:
+        return False
+    first = prompt[0]
+    return isinstance(first, str) or (_dimensions(first) != 0 and hasattr(first, "__len__"))
 
 
 def per_prompt(overrides: dict[str, Any], count: int | None) -> list[dict[str, Any]]:
@@ -349,14 +359,15 @@ def per_prompt(overrides: dict[str, Any], count: int | None) -> list[dict[str, A
                 f"{name} has {len(value)} values, but there is {prompts}; one value, or one for "
                 "each prompt of a list, was expected"
             )
-        for options, item in zip(result, value):
+        for options, item in zip(result, value if _dimensions(value) is None else value.tolist()):
             options[name] = item
     return result
 
 
 def _is_list(name: str, value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim > (1 if name in ("stop", "eos_token_id") else 0)
+    dimensions = _dimensions(value)
+    if dimensions is not None:
+        return dimensions > (1 if name in ("stop", "eos_token_id") else 0)
     if not isinstance(value, (list, tuple)):
         return False
     if name in ("stop", "eos_token_id"):

@@ -183,6 +183,78 @@ def test_tensors_of_torch() -> None:
     assert logits.shape == (2, 24)
 
 
+def test_arrays_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read-only, and have bfloat16 in a type of NumPy's that is not NumPy's own."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    jax = pytest.importorskip("jax", reason="the other library of this test")
+    jnp = jax.numpy
+    w, rows = weights(), weights(2)
+    for array in (jnp.asarray(w), jnp.asarray(w, jnp.float16), jnp.asarray(w, jnp.bfloat16),
+                  jnp.asarray(w).T, jnp.asarray(w)[::2, 64:]):
+        same(qllm.quantize(array, "nf4", 32), qllm.quantize(np.asarray(array, np.float32), "nf4",
+                                                            32))
+    q = qllm.quantize(jnp.asarray(w), "nf4")
+    x, bias = jnp.asarray(w[:2]), jnp.ones(24)
+    assert q.matmul(x, bias).tobytes() == q.matmul(w[:2], np.ones(24, np.float32)).tobytes()
+    assert q.error(jnp.asarray(w)) == q.error(w)
+    with pytest.raises(qllm.QllmValueError, match="x: expected dtype float32, found .*bfloat16"):
+        q.matmul(x.astype(jnp.bfloat16))
+    with pytest.raises(qllm.QllmValueError, match="array: .*Tracer gives no NumPy array"):
+        jax.jit(lambda a: qllm.quantize(a, "nf4"))(x)
+    assert qllm.sample(jnp.asarray(rows[0]), seed=1) == qllm.sample(rows[0], seed=1)
+    found = qllm.logit_stats(jnp.asarray(rows), jnp.asarray(rows + 1), jnp.asarray([0.5, 1.0]))
+    np.testing.assert_array_equal(found.kl, qllm.logit_stats(rows, rows + 1, [0.5, 1.0]).kl)
+    prompts_are_taken(jnp.asarray)
+
+
+def prompts_are_taken(array: Any) -> None:
+    """Token ids, and options for each of several prompts, in arrays of another library."""
+    model = qllm.Model.from_pretrained("demo:llama")
+    ids, temperatures = [5, 6, 7], [0.5, 1.0]
+    logits = model.logits(ids)
+    np.testing.assert_array_equal(model.logits(array(ids)), logits)
+    np.testing.assert_array_equal(model.logits(array([ids, ids]))[1], logits)
+    np.testing.assert_array_equal(model.logits(list(array(ids))), logits)
+    expected = model.generate([ids, ids], temperature=temperatures, max_new_tokens=2)
+    found = model.generate(array([ids, ids]), temperature=array(temperatures), max_new_tokens=2)
+    assert [one.ids for one in found] == [one.ids for one in expected]
+    with pytest.raises(qllm.QllmValueError, match="the prompt is a .*; token ids were expected"):
+        model.logits(array(5))
+
+
+def test_token_ids_in_arrays_of_numpy_and_torch() -> None:
+    torch = pytest.importorskip("torch", reason="the other library of this test")
+    prompts_are_taken(np.asarray)
+    prompts_are_taken(torch.tensor)
+
+
+def test_arrays_on_a_gpu_are_refused_by_every_entry() -> None:
+    """Those of CuPy: no NumPy array by themselves, and memory of which nobody here may ask."""
+
+    class OnGpu:
+        def __array__(self, *args: Any, **words: Any) -> Any:
+            raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+        def __dlpack__(self, **words: Any) -> Any:
+            raise AssertionError("memory of a GPU was asked for")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+    q, rows = qllm.quantize(weights(), "nf4"), weights(2)
+    for name, call in {
+        "array": lambda a: qllm.quantize(a, "nf4"),
+        "x": q.matmul,
+        "bias": lambda a: q.matmul(rows, a),
+        "logits": lambda a: qllm.sample(a, seed=1),
+        "ref": lambda a: qllm.logit_stats(a, rows, [1.0]),
+        "test": lambda a: qllm.logit_stats(rows, a, [1.0]),
+    }.items():
+        with pytest.raises(qllm.QllmValueError,
+                           match=f"^{name}: the .*OnGpu is on a CUDA device; copy it to the CPU"):
+            call(OnGpu())
+
+
 def test_a_quantized_tensor_is_an_array_of_its_values() -> None:
     q = qllm.quantize(weights(), "nf4")
     values = q.dequantize()
