@@ -128,7 +128,8 @@ def _refuse(*args: Any) -> Tensor:
     devices = {str(arg.device) for arg in args if isinstance(arg, Tensor)}
     raise QllmUnsupportedError(
         f"the tensors of this layer are on {' and '.join(sorted(devices))}; qllm multiplies torch "
-        'tensors on the CPU: move the module and its input there with .to("cpu")'
+        'tensors on the CPU: move the module and its input there with .to("cpu"), or run the whole '
+        'model on a GPU by qllm.Model.from_pretrained(..., device="cuda")'
     )
 
 
