@@ -254,26 +254,6 @@ def test_products_of_int8_rows(theirs: None, dtype: Any) -> None:
         assert (found.float() - want.float()).abs().max() < bar * want.float().abs().max()
 
 
-def test_many_int8_rows_where_torch_is_faster(
-    ours: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(9)
-    codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(torch.randn(48, 64).half())
-    x = torch.randn(2, backend._MANY_ROWS, 64)
-    x[0, 2, 5], x[1, 6, 6] = 11.0, -8.0
-    q, absmax, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x.half(), 6.0)
-    q, bias = q.reshape(-1, 64), torch.randn(48)
-    found = []
-    for amx in (True, False):
-        monkeypatch.setattr(backend, "_has_amx", amx)
-        found.append(torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-            x.reshape(-1, 64), q, codes, absmax, scales, outliers, bias)[0])
-        found.append(torch.ops.bitsandbytes.int8_scaled_mm(q, codes, absmax, scales, bias,
-                                                           torch.float32))
-    assert torch.allclose(found[0], found[2], rtol=1e-5, atol=1e-5)
-    assert torch.allclose(found[1], found[3], rtol=1e-5, atol=1e-5)
-
-
 def test_compiled_users_of_bitsandbytes(ours: None) -> None:
     """Fake kernels stay those of bitsandbytes, so that graphs are traced as before."""
     _, packed, state = quantized(96, 64, "nf4", True)
