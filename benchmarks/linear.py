@@ -56,16 +56,12 @@ def takes(weight: Any, mode: str) -> bool:
     return True
 
 
-def peak_unit(format: str, mode: str) -> str:
-    """The unit whose peak limits a format in a mode on this machine (docs: kernels)."""
-    units = _core.multiply_units()
-    if format == "int8" or mode == "int8":
-        wanted = "int8"
-    elif mode == "auto" and format not in ("f16", "f32"):
-        wanted = "bf16" if format == "bf16" else "int16"
-    else:
-        wanted = "f32"
-    return wanted if wanted in units else "f32"
+def peak_unit(weight: qllm.QuantizedTensor, mode: str, rows: int) -> str:
+    """The unit whose peak limits the kernel for a weight in a mode on this machine."""
+    name = _core.linear_name(weight, rows, compute=mode)
+    unit = "int8" if weight.format == "int8" else next(
+        (unit for unit in ("int8", "int16", "bf16") if f"{unit} activations" in name), "f32")
+    return unit if unit in _core.multiply_units() else "f32"
 
 
 def ours(weight: np.ndarray, inputs: dict[str, np.ndarray], format: str, modes: tuple[str, ...],
@@ -85,7 +81,7 @@ def ours(weight: np.ndarray, inputs: dict[str, np.ndarray], format: str, modes: 
         return call
 
     return [Candidate(f"qllm {format} {mode}{rows}{which}", caller(items, x, mode), count,
-                      first.nbytes, 2 * weight.size * len(x), peak_unit(format, mode))
+                      first.nbytes, 2 * weight.size * len(x), peak_unit(first, mode, len(x)))
             for mode in modes if takes(first, mode)
             for rows, x in inputs.items() for which, items in several.items()]
 

@@ -6,7 +6,7 @@
 
 Each part is a few runs of the benchmarks beside this file, each in a process of its own with a
 result in JSON under --results; a run that has one is not repeated, so that an interrupted run goes
-on. The page has the machine, the versions, every target with its bar and figure, and what
+on. Each machine has results and a page of its own (--results, --page). The page has the machine, the versions, every target with its bar and figure, and what
 benchmarks/notes.md says about them; docs/performance.json has the same rows and every run's
 summary.
 """
@@ -219,6 +219,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=llama_folder.default_folder("1.1b"),
                         help="where the whole model is or will be")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
+    parser.add_argument("--page", default="performance", metavar="NAME",
+                        help="of the page and its JSON (default performance, which has the notes; "
+                        "the page of a second machine has another)")
     for script in ("linear", "model"):
         parser.add_argument(f"--{script}", nargs="+", default=[], metavar="WORD",
                             help=f"further options of {script}.py, after a space: "
@@ -243,9 +246,11 @@ def main() -> None:
     rows = [done_when.evaluate(target, results) for target in done_when.targets()]
     notes = HERE / "notes.md"
     text = notes.read_text(encoding="utf-8") if notes.exists() else ""
+    if options.page != "performance":
+        text = "Notes, on this machine too, are on [the page of the first one](performance.md)."
     options.docs.mkdir(parents=True, exist_ok=True)
-    (options.docs / "performance.md").write_text(page(results, rows, text), encoding="utf-8")
-    common.write_json(options.docs / "performance.json",
+    (options.docs / f"{options.page}.md").write_text(page(results, rows, text), encoding="utf-8")
+    common.write_json(options.docs / f"{options.page}.json",
                       {"targets": rows, "runs": {job: brief(r) for job, r in results.items()}})
     print(done_when.table(rows))
 
