@@ -181,7 +181,7 @@ def page(results: done_when.Results, rows: list[dict[str, Any]], notes: str) -> 
     met = sum(row["met"] is True for row in rows)
     parts = [
         "# How fast", "",
-        "Written by `benchmarks/run.py`; `benchmarks/notes.md` is its last section. "
+        "Written by `benchmarks/run.py`; notes are at its end. "
         f"Machine: {machine['processor']}, instruction set {machine['instruction_set']}, "
         f"{machine['threads_available']} threads, on {machine['date']}. Versions: {versions}.", "",
         "Candidates alternate within each round, in one process; a figure is the median of the "
