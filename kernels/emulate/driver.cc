@@ -225,7 +225,7 @@ qllm_gpu_error gpu_emulate_argument(const char *kernel, int index, const void *p
 qllm_gpu_error gpu_driver_count(int *count)
 {
     const char *set = getenv("QLLM_EMULATE_DEVICES");
-    *count = set != NULL ? atoi(set) : 1;
+    *count = set != NULL ? static_cast<int>(strtol(set, NULL, 10)) : 1;
     return 0;
 }
 

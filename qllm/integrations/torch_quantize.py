@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import _core
 from ..bnb import FORMATS
-from ..config import FLOAT_FORMATS, QuantConfig, patterns
+from ..config import FLOAT_FORMATS, QuantConfig
 from ..errors import QllmUnsupportedError
 from ..layers import is_4bit, none_selected
 from ..report import LayerReport, QuantReport
@@ -66,9 +66,7 @@ def _config(
     skip: str | Sequence[str] | None, blocksize: int, quantize_head: bool,
 ) -> QuantConfig:
     if not isinstance(format, QuantConfig):
-        format = QuantConfig(
-            format, patterns(include, "include"), patterns(skip, "skip"), blocksize, quantize_head
-        )
+        format = QuantConfig(format, include, skip, blocksize, quantize_head)
     elif include is not None or skip is not None or quantize_head or blocksize != 64:
         raise QllmUnsupportedError("give the options of the selection in the QuantConfig alone")
     return require_quantized(format)

@@ -37,7 +37,7 @@ if _VERSION < (4, 57) or (5, 0) <= _VERSION < (5, 6):  # 5.0 to 5.5 round stored
     )
 
 from .. import bnb
-from ..config import QuantConfig, check_compute, patterns
+from ..config import QuantConfig, check_compute
 from ..errors import QllmFileError, QllmUnsupportedError, QllmValueError
 from ..report import QuantReport
 from ..strict_json import quoted
@@ -93,12 +93,7 @@ class QllmConfig(QuantizationConfigMixin):
             raise QllmValueError(
                 f"int8_threshold is {quoted(int8_threshold)}; a number of at least 0 was expected"
             )
-        chosen = require_quantized(
-            QuantConfig(
-                format, patterns(include, "include"), patterns(skip, "skip"), blocksize,
-                quantize_head,
-            )
-        )
+        chosen = require_quantized(QuantConfig(format, include, skip, blocksize, quantize_head))
         self.quant_method: Any = quant_method
         self.format, self.include, self.skip = chosen.format, chosen.include, chosen.skip
         self.blocksize, self.quantize_head = chosen.blocksize, chosen.quantize_head
