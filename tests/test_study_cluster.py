@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -136,6 +137,14 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
     assert err.splitlines()[-1].startswith("qllm: interrupted; what is finished lies in")
     assert "Traceback" not in err
     assert [file.name for file in (out / "cells").iterdir()] == ["0-0-demo-llama-bf16.json.gz"]
+
+
+def test_a_worker_that_loses_its_scheduler_does_not_print(capfd: pytest.CaptureFixture[str]) -> None:
+    """A heartbeat under way while Ctrl-C ended the scheduler was logged, with a traceback."""
+    with cluster(workers=1) as executor:
+        lost = logging.getLogger("distributed.worker").error
+        executor.submit(lost, "Failed to communicate with scheduler during heartbeat.").result()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_ctrl_c_that_falls_into_a_destructor_is_not_lost(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -77,6 +78,9 @@ def cluster(
             processes=True,
             dashboard_address="127.0.0.1:0",
             memory_limit=0,  # mapped files of models would count; plan.py bounds what cells take
+            # Errors of cells come back as exceptions; what else workers log as an error is that
+            # they lost the scheduler, as when Ctrl-C ends both.
+            silence_logs=logging.CRITICAL,
         )
     with local, distributed.Client(local, set_as_default=False) as client:
         yield DaskExecutor(client)
