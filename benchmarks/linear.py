@@ -60,7 +60,8 @@ def peak_unit(weight: qllm.QuantizedTensor, mode: str, rows: int) -> str:
     """The unit whose peak limits the kernel for a weight in a mode on this machine."""
     name = _core.linear_name(weight, rows, compute=mode)
     unit = "int8" if weight.format == "int8" else next(
-        (unit for unit in ("int8", "int16", "bf16") if f"{unit} activations" in name), "f32")
+        (unit for unit in ("int8", "int16", "bf16")
+         if f"{unit} activations" in name.replace("bf16x2", "bf16")), "f32")
     return unit if unit in _core.multiply_units() else "f32"
 
 

@@ -71,7 +71,8 @@ class QuantizedTensor:
         tier: str = "exact",
     ) -> NDArray[np.float32]:
         """y = x W^T + bias in the order of summation of csrc/core/linear_ref.h; x float32 (m, cols)
-        or (cols,). tier: exact, int16 or int8 (4-bit weights), bf16 (bf16 weights)."""
+        or (cols,). tier: exact, int16 or int8 (4-bit weights), bf16 (bf16 weights),
+        bf16x2 (both)."""
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """The dequantized values, so that who takes an array takes a quantized tensor."""
     def __dlpack__(self, **options: Any) -> Any: ...

@@ -88,9 +88,10 @@ class Model:
         the folder's formats, those of bitsandbytes included.
 
         `compute` is "exact" (float32 activations), "auto", the fastest mode whose rounding of
-        activations is no coarser than bfloat16's (int16 by blocks for 4-bit weights, bfloat16 for
-        bfloat16 weights on processors that multiply it), or "int8", which rounds the activations of
-        4-bit weights to int8 by blocks; `info()` names the kernels.
+        activations is no coarser than bfloat16's (int16 by blocks for 4-bit weights, or bfloat16
+        on processors with matrix units; bfloat16 for bfloat16 weights on processors that multiply
+        it), or "int8", which rounds the activations of 4-bit weights to int8 by blocks; `info()`
+        names the kernels.
         `threads` None and `isa` None (or a name from `qllm.cpu_info()["isas"]`) leave the choice to
         the machine. `int8_threshold` is the outlier threshold of LLM.int8() (None: the folder's,
         else 6), `int8_outliers` "row" or, as in bitsandbytes, "batch", by which a row's result

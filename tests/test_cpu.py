@@ -72,7 +72,7 @@ def x86_sets() -> list[str]:
     avx2 = has({"avx2", "fma", "f16c"})
     avx512 = avx2 and has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
     vbmi, bf16 = avx512 and has({"avx512vbmi"}), avx512 and has({"avx512vbmi", "avx512_bf16"})
-    amx = bf16 and has({"amx_tile", "amx_int8"})
+    amx = bf16 and has({"amx_tile", "amx_int8", "amx_bf16"})
     return (["scalar"] + ["avx2"] * avx2 + ["avx512"] * avx512 + ["avx512vbmi"] * vbmi
             + ["avx512bf16"] * bf16 + ["avx512amx"] * amx)
 

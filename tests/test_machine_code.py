@@ -23,7 +23,7 @@ from qllm import _core
 MACHINE = platform.machine()
 SETS = [isa for isa in _core.cpu_info()["compiled"] if isa != "scalar"]
 # what a multiplication of vectors is called; the other loops copy, decode or count
-MULTIPLY = re.compile(r"vfn?m(add|sub)\w+|vdpbf16ps|vpdp\w+|vpmadd\w+|fml[as]|[su]dot|[su]m[lu]\w+")
+MULTIPLY = re.compile(r"vfn?m(add|sub)\w+|vdpbf16ps|tdp\w+|vpdp\w+|vpmadd\w+|fml[as]|[su]dot|[su]m[lu]\w+")
 
 # what gcc 12 still spills, vectors a turn of the loop: no more than that, and nowhere else
 STILL_SPILLED = {

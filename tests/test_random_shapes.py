@@ -60,6 +60,17 @@ def budget(q: qllm.QuantizedTensor, x: np.ndarray, name: str) -> np.ndarray:
         absmax = largest_by_block(q) / code_limit * (0.5 + code_limit * 4 * EPS)
         rounding = step @ w.T + a @ absmax.T + step @ absmax.T
         return rounding + float_sum(products + rounding, 6 + cols // block)
+    if "bf16x2" in name:
+        # x and the codes to 8 bits, and the codes' factor and unit; two chains of 16 in a group,
+        # their sum, one rounding a group, one a block, the unit, the bias
+        codes = q.format in FOUR_BIT
+        step = (1 + 2.0**-8) * (1 + 2.0**-8 + 4 * EPS) - 1 if codes else 2.0**-8
+        # a number below the smallest normal one counts as 0: of x, a product or a sum, in units of
+        # the codes, which are less than their largest
+        scale = largest_by_block(q).T if codes else np.ones(w.T.shape)
+        tiny = np.finfo(F32).tiny * (w.sum(1) + 3 * scale.sum(0))
+        rounding = products * step + tiny
+        return rounding + float_sum(products + rounding, 16 + 1 + 2 * -(-cols // 32) + 2)
     if "bf16 activations" in name:
         rounding = products * 2.0**-8 + cols * np.finfo(F32).tiny
         return rounding + float_sum(products + rounding, exact)

@@ -1,4 +1,4 @@
-"""Compute tiers: activations rounded to int16, int8 or bf16 (csrc/core/linear_ref.h).
+"""Compute tiers: activations rounded to int16, int8, or bf16 in two orders (csrc/core/linear_ref.h).
 
 The plain reference is held against the definition computed here with NumPy and exact fractions, and
 every instruction set, forced by name, against the bits of the reference.
@@ -104,7 +104,7 @@ def test_fp4_codes_are_exact_integers_of_the_int16_tier() -> None:
     x[:] = rng(3).integers(-4095, 4096, (4, 256))
     x[:, ::64] = 4095
     exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
-    error = np.abs(q.matmul(x, compute="auto") - exact)
+    error = np.abs(q.matmul_reference(x, tier="int16") - exact)
     assert (error <= 1e-6 * (np.abs(x).astype(np.float64) @ np.abs(q.dequantize()).T)).all()
 
 
@@ -134,6 +134,75 @@ def test_the_bf16_reference_is_the_documented_sum(cols: int) -> None:
             assert got[i, r] == y
 
 
+def pairs_of(values: np.ndarray, distance: int) -> np.ndarray:
+    """(n, 32 i) -> (n, i, 2, 16): the two chains of every group."""
+    n, cols = values.shape
+    k = [j for j in range(32) if j // distance % 2 == 0]
+    groups = values.reshape(n, cols // 32, 32)
+    return np.stack([groups[:, :, k], groups[:, :, [j + distance for j in k]]], 2)
+
+
+def pairs_reference(q: qllm.QuantizedTensor, x: np.ndarray) -> np.ndarray:
+    """The documented sum of tier bf16x2, by exact fractions; no subnormal numbers."""
+    rows, cols = q.shape
+    codes = q.format != "bf16"
+    pad = ((0, 0), (0, -cols % 32))
+    if codes:
+        factor = F32(10176) / np.abs(q.quant_map).max()
+        nibbles = np.stack([q.packed >> 4, q.packed & 15], 1).reshape(-1)[: rows * cols]
+        w = bf16(q.quant_map * factor)[nibbles].reshape(rows, cols)
+    else:
+        w = q.dequantize()
+    w = pairs_of(np.pad(w, pad), 4 if codes else 1)
+    a = pairs_of(np.pad(bf16(x), pad), 4 if codes else 1)
+    y = np.zeros((len(x), rows), F32)
+    for i in range(len(x)):
+        for r in range(rows):
+            sums = np.zeros(w.shape[1], F32)
+            for g in range(len(sums)):
+                p = [F32(0), F32(0)]
+                for chain in range(2):
+                    for k in range(16):
+                        p[chain] = fma(w[r, g, chain, k], a[i, g, chain, k], p[chain])
+                sums[g] = p[0] + p[1]
+            if codes:
+                absmax = weight_and_scales(q, r)[1]
+                groups = min(64, q.blocksize) // 32
+                for g in range(0, len(sums), groups):
+                    block = F32(0)
+                    for s in sums[g : g + groups]:
+                        block = F32(block + s)
+                    y[i, r] = fma(absmax[g], block, y[i, r])
+                y[i, r] *= np.abs(q.quant_map).max() / F32(10176)
+            else:
+                for s in sums:
+                    y[i, r] += s
+    return y
+
+
+@pytest.mark.parametrize("format,rows,cols,blocksize", [
+    ("bf16", 3, 1, 64), ("bf16", 3, 38, 64), ("bf16", 2, 96, 64), ("nf4", 3, 192, 64),
+    ("fp4", 2, 96, 32), ("nf4-dq", 2, 256, 128), ("fp4-dq", 2, 64, 64),
+])
+def test_the_reference_in_two_chains_is_the_documented_sum(
+    format: str, rows: int, cols: int, blocksize: int
+) -> None:
+    q, x = weight(rows, cols, format, blocksize), inputs(2, cols)
+    bias = rng(1).standard_normal(rows).astype(F32)
+    expected = pairs_reference(q, x)
+    assert np.array_equal(bits(q.matmul_reference(x, tier="bf16x2")), bits(expected))
+    assert np.array_equal(bits(q.matmul_reference(x, bias, tier="bf16x2")), bits(expected + bias))
+
+
+def test_fp4_codes_are_exact_in_bf16() -> None:
+    """Under their limit, so that only the activations are rounded: none here."""
+    q = weight(40, 256, "fp4")
+    x = rng(3).integers(-256, 257, (4, 256)).astype(F32)
+    exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
+    error = np.abs(q.matmul_reference(x, tier="bf16x2") - exact)
+    assert (error <= 2e-6 * (np.abs(x).astype(np.float64) @ np.abs(q.dequantize()).T)).all()
+
+
 def test_bf16_products_treat_subnormal_numbers_as_zero() -> None:
     tiny = float(np.finfo(F32).tiny)
     w = np.zeros((16, 32), F32)
@@ -143,8 +212,10 @@ def test_bf16_products_treat_subnormal_numbers_as_zero() -> None:
     q = qllm.quantize(w, "bf16")
     expected = q.matmul_reference(x, tier="bf16")
     assert expected[0, 0] == 0 and expected[1, 1] == 0 and expected[2, 2] == 0
+    pairs = q.matmul_reference(x, tier="bf16x2")  # here one product is left of every sum
+    assert np.array_equal(pairs.view(np.uint32), expected.view(np.uint32))
     for isa in SETS:
-        if "bf16 activations" in _core.linear_name(q, 1, isa=isa, compute="auto"):
+        if "bf16" in expected_tier("bf16", isa, "auto"):
             for m in (1, 3):
                 y = q.matmul(x[:m], isa=isa, compute="auto")
                 assert np.array_equal(y.view(np.uint32), expected[:m].view(np.uint32))
@@ -154,8 +225,8 @@ def expected_tier(format: str, isa: str, mode: str) -> str:
     if mode == "exact" or format in ("f32", "f16", "int8"):
         return "exact"
     if format == "bf16":
-        return "bf16" if isa == "avx512bf16" else "exact"
-    return "int8" if mode == "int8" else "int16"
+        return {"avx512bf16": "bf16", "avx512amx": "bf16x2"}.get(isa, "exact")
+    return "int8" if mode == "int8" else "bf16x2" if isa == "avx512amx" else "int16"
 
 
 @pytest.mark.parametrize("mode", ["auto", "int8"])
@@ -228,13 +299,27 @@ def test_names_say_the_tier() -> None:
 
 
 @pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
-@pytest.mark.parametrize("mode,tier,least", [("auto", "int16", 17), ("int8", "int8", 12)])
-def test_many_rows_go_to_the_matrix_units(mode: str, tier: str, least: int) -> None:
+def test_many_rows_go_to_the_matrix_units() -> None:
     for format in FOUR_BIT:
         q = weight(3, 64, format)
-        for m, end in ((least - 1, ""), (least, ", panels of rows"), (512, ", panels of rows")):
-            name = _core.linear_name(q, m, isa="avx512amx", compute=mode)
-            assert name == f"{format} avx512amx, {tier} activations{end}"
+        for m, end in ((11, ""), (12, ", panels of rows"), (512, ", panels of rows")):
+            name = _core.linear_name(q, m, isa="avx512amx", compute="int8")
+            assert name == f"{format} avx512amx, int8 activations{end}"
+            name = _core.linear_name(q, m, isa="avx512amx", compute="auto")
+            assert name == f"{format} avx512amx, bf16x2 activations"
+
+
+@pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
+@pytest.mark.parametrize("format", ["bf16", "nf4"])
+def test_sums_on_both_sides_of_the_smallest_normal_number(format: str) -> None:
+    """What the matrix units flush to zero: operands, each product and each sum."""
+    q = qllm.quantize(np.exp2(rng(5).integers(-8, 9, (48, 256))).astype(F32), format)
+    r = rng(6)
+    size = np.arange(-146, -113)[:, None] + r.integers(-9, 10, (33, 256))
+    x = (np.exp2(size) * r.choice([-1.75, -1, 1, 1.25], (33, 256))).astype(F32)
+    expected = q.matmul_reference(x, tier="bf16x2")
+    assert np.array_equal(bits(q.matmul(x, isa="avx512amx", compute="auto")), bits(expected))
+    assert (np.abs(expected) < np.finfo(F32).tiny).any() and expected.any()
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -256,6 +341,7 @@ def test_what_does_not_exist_is_refused() -> None:
         q.matmul(x, compute="fast")
     with pytest.raises(QllmValueError, match="tier is 'f16'.*int16"):
         q.matmul_reference(x, tier="f16")
-    for format, cols, tier in (("int8", 64, "int16"), ("nf4", 65, "int8"), ("f16", 64, "bf16")):
+    for format, cols, tier in (("int8", 64, "int16"), ("nf4", 65, "int8"), ("f16", 64, "bf16"),
+                               ("nf4", 65, "bf16x2"), ("int8", 64, "bf16x2")):
         with pytest.raises(QllmUnsupportedError, match=f"tier {tier} is not defined.*{format}"):
             weight(3, cols, format).matmul_reference(inputs(1, cols), tier=tier)

@@ -3,7 +3,8 @@
 #include <string.h>
 
 static const char *const compute_names[QLLM_COMPUTE_COUNT] = {"exact", "auto", "int8"};
-static const char *const tier_names[QLLM_TIER_COUNT] = {"exact", "int16", "int8", "bf16"};
+static const char *const tier_names[QLLM_TIER_COUNT] = {"exact", "int16", "int8", "bf16",
+                                                         "bf16x2"};
 
 static int find(const char *const *names, int count, const char *name)
 {
@@ -37,8 +38,8 @@ qllm_status qllm_tier_find(const char *name, qllm_tier *out, qllm_error *error)
 {
     int i = find(tier_names, QLLM_TIER_COUNT, name);
     if (i < 0)
-        return qllm_fail(error, QLLM_VALUE, "tier is '%.40s'; there are exact, int16, int8 and "
-                         "bf16", name);
+        return qllm_fail(error, QLLM_VALUE, "tier is '%.40s'; there are exact, int16, int8, "
+                         "bf16 and bf16x2", name);
     *out = (qllm_tier)i;
     return QLLM_OK;
 }

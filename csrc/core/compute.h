@@ -19,10 +19,11 @@ typedef enum qllm_compute {
 } qllm_compute;
 
 typedef enum qllm_tier {
-    QLLM_TIER_EXACT, /* float32 x; int8 weights: LLM.int8() */
-    QLLM_TIER_INT16, /* 4-bit weights: x as int16 per block of 64 */
-    QLLM_TIER_INT8,  /* 4-bit weights: x as int8 per block of 64 */
-    QLLM_TIER_BF16,  /* bf16 weights: x as bf16 */
+    QLLM_TIER_EXACT,  /* float32 x; int8 weights: LLM.int8() */
+    QLLM_TIER_INT16,  /* 4-bit weights: x as int16 per block of 64 */
+    QLLM_TIER_INT8,   /* 4-bit weights: x as int8 per block of 64 */
+    QLLM_TIER_BF16,   /* bf16 weights: x as bf16 */
+    QLLM_TIER_BF16X2, /* bf16 and 4-bit weights: x as bf16, sums in two chains */
     QLLM_TIER_COUNT
 } qllm_tier;
 
@@ -31,7 +32,7 @@ const char *qllm_compute_name(qllm_compute compute); /* "exact", "auto", "int8" 
 /* The mode of that name; an unknown one is refused with the list. */
 qllm_status qllm_compute_find(const char *name, qllm_compute *out, qllm_error *error);
 
-const char *qllm_tier_name(qllm_tier tier); /* "exact", "int16", "int8", "bf16" */
+const char *qllm_tier_name(qllm_tier tier); /* "exact", "int16", "int8", "bf16", "bf16x2" */
 qllm_status qllm_tier_find(const char *name, qllm_tier *out, qllm_error *error);
 
 #endif

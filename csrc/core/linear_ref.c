@@ -151,6 +151,8 @@ bool qllm_tier_fits(qllm_tier tier, const qllm_qweight *weight)
     case QLLM_TIER_INT8:
         return qllm_format_is_4bit(weight->format) && weight->cols % weight->blocksize == 0;
     case QLLM_TIER_BF16: return weight->format == QLLM_FORMAT_BF16;
+    case QLLM_TIER_BF16X2:
+        return weight->format == QLLM_FORMAT_BF16 || qllm_tier_fits(QLLM_TIER_INT16, weight);
     default: return true;
     }
 }
@@ -227,6 +229,69 @@ static void linear_bf16(const qllm_qweight *weight, const float *bias, const flo
         }
 }
 
+/* Columns [first, first + QLLM_GROUP) of `row` (cols) in the order of their pairs. */
+static void take_pairs(const uint16_t *row, int64_t cols, int64_t first, int64_t distance,
+                       uint16_t *pairs)
+{
+    for (int64_t i = 0; i < QLLM_GROUP; i++) {
+        int64_t k = first + qllm_pair_column(i / 2, distance) + i % 2 * distance;
+        pairs[i] = k < cols ? row[k] : 0;
+    }
+}
+
+/* Row r of W as bf16: the weights, or the rounded codes. */
+static void bf16_row(const qllm_qweight *weight, const uint16_t codes[16], int64_t r, uint16_t *w)
+{
+    for (int64_t k = 0, i = r * weight->cols; k < weight->cols; k++, i++)
+        if (weight->format == QLLM_FORMAT_BF16)
+            w[k] = ((const uint16_t *)(const void *)weight->data)[i];
+        else
+            w[k] = codes[i % 2 == 0 ? weight->data[i / 2] >> 4 : weight->data[i / 2] & 15];
+}
+
+/* Row r of W, as bf16 w (cols), by x (cols). */
+static float pairs_dot(const qllm_qweight *weight, int64_t r, const uint16_t *w, const uint16_t *x)
+{
+    bool by_block = qllm_format_is_4bit(weight->format);
+    int64_t distance = qllm_pair_distance(by_block), cols = weight->cols;
+    float y = 0.0f, sum = 0.0f;
+    for (int64_t first = 0; first < cols; first += QLLM_GROUP) {
+        uint16_t w_pairs[QLLM_GROUP], x_pairs[QLLM_GROUP];
+        take_pairs(w, cols, first, distance, w_pairs);
+        take_pairs(x, cols, first, distance, x_pairs);
+        sum = qllm_bf16_pairs(sum, w_pairs, x_pairs);
+        if (by_block && (first + QLLM_GROUP) % qllm_activation_block(weight->blocksize) == 0) {
+            y = fmaf(block_absmax(weight, (r * cols + first) / weight->blocksize), sum, y);
+            sum = 0.0f;
+        }
+    }
+    return by_block ? y : sum;
+}
+
+static qllm_status linear_pairs(const qllm_qweight *weight, const float *bias, const float *x,
+                                int64_t m, float *y, qllm_error *error)
+{
+    int64_t cols = weight->cols;
+    uint16_t codes[16] = {0}, *w = NULL, *rounded = NULL;
+    void *memory = NULL;
+    bool by_block = qllm_format_is_4bit(weight->format);
+    float unit = by_block ? qllm_bf16_codes(weight->code, codes) : 1.0f;
+    qllm_status status = qllm_alloc(&memory, cols, 2 * sizeof *w, "two rows as bf16", error);
+    w = memory;
+    for (int64_t i = 0; status == QLLM_OK && i < m; i++) {
+        rounded = w + cols;
+        for (int64_t k = 0; k < cols; k++)
+            rounded[k] = qllm_bf16_activation(x[i * cols + k]);
+        for (int64_t r = 0; r < weight->rows; r++) {
+            bf16_row(weight, codes, r, w);
+            float value = pairs_dot(weight, r, w, rounded) * unit;
+            y[i * weight->rows + r] = bias != NULL ? value + bias[r] : value;
+        }
+    }
+    qllm_free(memory);
+    return status;
+}
+
 qllm_status qllm_linear_tier_ref(const qllm_qweight *weight, qllm_tier tier, const float *bias,
                                  const float *x, int64_t m, float *y, qllm_error *error)
 {
@@ -234,6 +299,8 @@ qllm_status qllm_linear_tier_ref(const qllm_qweight *weight, qllm_tier tier, con
         return qllm_fail(error, QLLM_UNSUPPORTED, "tier %s is not defined for a weight of format "
                          "%s, %" PRId64 " columns and blocksize %" PRId64, qllm_tier_name(tier),
                          qllm_format_name(weight->format), weight->cols, weight->blocksize);
+    if (tier == QLLM_TIER_BF16X2)
+        return linear_pairs(weight, bias, x, m, y, error);
     if (tier != QLLM_TIER_BF16)
         return linear_integer(weight, tier == QLLM_TIER_INT16, bias, x, m, y, error);
     linear_bf16(weight, bias, x, m, y);

@@ -21,6 +21,15 @@
  * p_g = qllm_bf16_dot(p_g; w_k, w_k+1; x_k, x_k+1) from +0 over ascending even k; y = y + p_g from
  * +0 over ascending g; then + bias.
  *
+ * Tier bf16x2, for bf16 weights and for 4-bit weights with cols % blocksize == 0.  x rounded to
+ * bf16; k is cut into groups of QLLM_GROUP, a missing column behind the last counts as w = x = 0.
+ * The 16 pairs of a group are (k, k + qllm_pair_distance) in ascending order of k, and
+ * qllm_bf16_pairs adds them to a sum.
+ *   bf16:   y = the groups, ascending, added to +0; then + bias.
+ *   4-bit:  with blocks b of qllm_activation_block and, for w, the codes and their unit of
+ *           qllm_bf16_codes: s_b = the groups of the block, ascending, added to +0;
+ *           y = fma(absmax_b, s_b, y) from +0 over ascending b; then y * unit, then + bias.
+ *
  * The result of a row depends on that row alone, so it is the same in any batch. */
 #ifndef QLLM_CORE_LINEAR_REF_H
 #define QLLM_CORE_LINEAR_REF_H
@@ -31,6 +40,19 @@
 #include "core/qweight.h"
 
 enum { QLLM_GROUP = 32 };
+
+/* Columns from one to the other of a pair in tier bf16x2: for 4-bit weights so many that a shift of
+ * a 32-bit word of codes brings pairs together. */
+static inline int64_t qllm_pair_distance(bool codes)
+{
+    return codes ? 4 : 1;
+}
+
+/* The first column of pair i of a group. */
+static inline int64_t qllm_pair_column(int64_t i, int64_t distance)
+{
+    return i / distance * 2 * distance + i % distance;
+}
 
 /* Outlier columns of LLM.int8(): |x| >= threshold; bitsandbytes' and transformers' default is 6. */
 #define QLLM_INT8_THRESHOLD 6.0f

@@ -56,6 +56,7 @@ static inline int64_t qllm_attention_scratch(int64_t positions, int64_t heads)
  *   tier exact, int8 weights    int8, cols padded with zeros to 64: qllm_int8_activation
  *   tiers int16 and int8        int16 or int8 by blocks, in the order that the set's kernels take
  *   tier bf16                   bf16, cols padded with zeros to 32
+ *   tier bf16x2                 bf16, in panels: qllm_cpu_ops.pairs_activation
  * In panels of `panel` rows, where that is not 0, the panel from row r on lies at q + r * q_stride
  * (qllm_cpu_ops.panel_activation); behind the last row stand zeros up to a whole panel. */
 typedef struct qllm_rows {
@@ -89,8 +90,8 @@ typedef struct qllm_cpu_ops {
      * sums only in tier int8. */
     void (*block_activation)(qllm_tier tier, const float *x, int64_t cols, int64_t block, void *q,
                              float *scale, int32_t *sums);
-    /* Sets that take m rows in the form of tier int16 or int8 by panels say how many rows each has,
-     * 0: no panels.  All together have at most twice as many rows as x.  Other sets: NULL. */
+    /* Sets that take m rows in the form of tier int16, int8 or bf16x2 by panels say how many rows
+     * each has, 0: no panels.  All together have at most twice as many rows as x.  Others: NULL. */
     int64_t (*panel_rows)(qllm_tier tier, int64_t m);
     /* A row as block_activation has it, but without sums, into a panel of `rows` rows: q is the
      * row's first block.  A panel has, of each block, a square: `block` bytes of every row; in tier
@@ -98,6 +99,12 @@ typedef struct qllm_cpu_ops {
      * row's scales go to scale[0], scale[rows], ... */
     void (*panel_activation)(qllm_tier tier, const float *x, int64_t cols, int64_t block,
                              int64_t rows, int8_t *q, float *scale);
+    /* qllm_bf16_activation of a row for tier bf16x2, into a panel of `rows` rows: q is the row's
+     * first group.  A panel has, of each group, a square: 64 bytes of every row, pairs of columns
+     * that are `distance` apart (qllm_pair_distance), zeros behind the last column.  NULL: the set
+     * does not offer the tier; else it is the one of `auto`, and panel_rows knows it. */
+    void (*pairs_activation)(const float *x, int64_t cols, int64_t distance, int64_t rows,
+                             uint16_t *q);
     /* qllm_bf16_activation of a row, zeros behind up to a multiple of 32.  NULL: the set gains
      * nothing by tier bf16 and does not offer it. */
     void (*bf16_activation)(const float *x, int64_t cols, uint16_t *q);

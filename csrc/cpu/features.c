@@ -83,6 +83,7 @@ static qllm_cpu_features detect(void)
     f.avx512vnni = avx512 && ((c >> 11) & 1u);
     bool amx = (d >> 24) & (d >> 25) & 1u; /* AMX-TILE, AMX-INT8 */
     f.amxint8 = amx && (state & XCR0_AMX) == XCR0_AMX && may_use_amx();
+    f.amxbf16 = f.amxint8 && ((d >> 22) & 1u);
     f.amx_refused = amx && !f.amxint8;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d))
         f.avx512bf16 = avx512 && ((a >> 5) & 1u);
@@ -191,7 +192,8 @@ bool qllm_isa_supported(qllm_isa isa)
     case QLLM_ISA_AVX512: return avx512;
     case QLLM_ISA_AVX512_VBMI: return avx512 && f->avx512vbmi;
     case QLLM_ISA_AVX512_BF16: return avx512 && f->avx512vbmi && f->avx512bf16;
-    case QLLM_ISA_AVX512_AMX: return avx512 && f->avx512vbmi && f->avx512bf16 && f->amxint8;
+    case QLLM_ISA_AVX512_AMX:
+        return avx512 && f->avx512vbmi && f->avx512bf16 && f->amxint8 && f->amxbf16;
     case QLLM_ISA_NEON: return f->neon;
     case QLLM_ISA_NEONDOT: return f->neon && f->dotprod;
     default: return true;

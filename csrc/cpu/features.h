@@ -13,7 +13,7 @@ typedef enum qllm_isa {
     QLLM_ISA_AVX512 = 2, /* AVX-512 F, BW, VL, DQ and VNNI, besides the above */
     QLLM_ISA_AVX512_VBMI = 3, /* VBMI, besides the above */
     QLLM_ISA_AVX512_BF16 = 4, /* BF16, besides the above */
-    QLLM_ISA_AVX512_AMX = 5, /* AMX for int8, besides the above */
+    QLLM_ISA_AVX512_AMX = 5, /* AMX for int8 and bf16, besides the above */
     QLLM_ISA_NEON = 6,   /* Armv8-A, which has Advanced SIMD with fused multiply-add */
     QLLM_ISA_NEONDOT = 7, /* the dot product extension of Armv8.2 besides */
     QLLM_ISA_COUNT = 8
@@ -23,7 +23,7 @@ typedef struct qllm_cpu_features {
     char model[64]; /* the processor's name, "" where it is not known */
     bool avx2, fma, f16c;
     bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
-    bool amxint8;      /* and the system lets this process use it */
+    bool amxint8, amxbf16; /* and the system lets this process use them */
     bool amx_refused;  /* the processor has it, but the system does not let this process use it */
     bool neon, dotprod;
 } qllm_cpu_features;

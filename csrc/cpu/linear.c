@@ -17,6 +17,7 @@ typedef struct form {
     qllm_tier tier;
     bool int8_weights; /* tier exact: LLM.int8() */
     int64_t block;     /* tiers int16 and int8 */
+    int64_t distance;  /* tier bf16x2: columns from one to the other of a pair */
 } form;
 
 /* The parts of the scratch memory, each on a line of its own; in LLM.int8() all, in the other tiers
@@ -37,9 +38,12 @@ qllm_tier qllm_cpu_linear_tier(const qllm_cpu_ops *ops, const qllm_packed *weigh
     if (compute == QLLM_COMPUTE_EXACT)
         return QLLM_TIER_EXACT;
     if (weight->layout == QLLM_LAYOUT_BLOCKS)
-        return compute == QLLM_COMPUTE_INT8 ? QLLM_TIER_INT8 : QLLM_TIER_INT16;
-    bool bf16 = weight->layout == QLLM_LAYOUT_BF16 && ops->bf16_activation != NULL;
-    return bf16 ? QLLM_TIER_BF16 : QLLM_TIER_EXACT;
+        return compute == QLLM_COMPUTE_INT8 ? QLLM_TIER_INT8
+               : ops->pairs_activation != NULL ? QLLM_TIER_BF16X2 : QLLM_TIER_INT16;
+    if (weight->layout != QLLM_LAYOUT_BF16)
+        return QLLM_TIER_EXACT;
+    return ops->pairs_activation != NULL ? QLLM_TIER_BF16X2
+           : ops->bf16_activation != NULL ? QLLM_TIER_BF16 : QLLM_TIER_EXACT;
 }
 
 /* Advances *bytes by count * size, rounded up to a line; false when that does not fit. */
@@ -87,7 +91,7 @@ static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols
     }
     rows.q_stride = form->tier == QLLM_TIER_INT8 ? padded : 2 * padded;
     rows.q = take(scratch, m, rows.q_stride, &at);
-    if (form->tier != QLLM_TIER_BF16)
+    if (form->block > 0)
         rows.scale = take(scratch, m * (cols / form->block), sizeof(float), &at);
     if (form->tier == QLLM_TIER_INT8)
         rows.block_sums = take(scratch, m * (cols / form->block), sizeof(int32_t), &at);
@@ -112,6 +116,11 @@ static void round_into_panel(const linear_job *job, int64_t r)
     int64_t rows = job->rows.panel, cols = job->rows.cols, block = job->form.block;
     const float *x = job->rows.x + r * job->rows.stride;
     int8_t *panel = (int8_t *)job->rounded.q + r / rows * rows * job->rounded.q_stride;
+    if (job->form.tier == QLLM_TIER_BF16X2) {
+        job->ops->pairs_activation(x, cols, job->form.distance, rows,
+                                   (uint16_t *)(void *)panel + r % rows * QLLM_GROUP);
+        return;
+    }
     job->ops->panel_activation(job->form.tier, x, cols, block, rows, panel + r % rows * block,
                                job->rounded.scale + r / rows * rows * (cols / block) + r % rows);
 }
@@ -181,6 +190,8 @@ static form form_of(const qllm_cpu_ops *ops, const qllm_packed *weight, qllm_com
                 .int8_weights = weight->layout == QLLM_LAYOUT_INT8};
     if (out.tier == QLLM_TIER_INT16 || out.tier == QLLM_TIER_INT8)
         out.block = qllm_activation_block(weight->blocksize);
+    if (out.tier == QLLM_TIER_BF16X2)
+        out.distance = qllm_pair_distance(weight->layout == QLLM_LAYOUT_BLOCKS);
     return out;
 }
 
@@ -208,8 +219,8 @@ static void take_form(linear_job *job)
 static void open_panels(linear_job *job, void *scratch)
 {
     int64_t m = job->rows.m, cols = job->rows.cols, rows = 0, padded = m;
-    bool blocks = job->form.tier == QLLM_TIER_INT16 || job->form.tier == QLLM_TIER_INT8;
-    if (blocks && job->ops->panel_rows != NULL)
+    bool by_panels = job->form.block > 0 || job->form.tier == QLLM_TIER_BF16X2;
+    if (by_panels && job->ops->panel_rows != NULL)
         rows = job->ops->panel_rows(job->form.tier, m);
     if (rows > 0)
         padded = (m + rows - 1) / rows * rows;
@@ -217,9 +228,12 @@ static void open_panels(linear_job *job, void *scratch)
     job->rounded = divide_scratch(scratch, &job->form, cols, padded);
     if (padded == m)
         return;
-    int64_t first = padded - rows, of_row = cols / job->form.block;
+    int64_t first = padded - rows;
     memset((int8_t *)job->rounded.q + first * job->rounded.q_stride, 0,
            (size_t)(rows * job->rounded.q_stride));
+    if (job->form.block == 0)
+        return;
+    int64_t of_row = cols / job->form.block;
     memset(job->rounded.scale + first * of_row, 0, (size_t)(rows * of_row) * sizeof(float));
 }
 
@@ -270,7 +284,8 @@ static void multiply(linear_job *job, qllm_threads *threads, const qllm_linear_o
 
 static bool same_form(const form *a, const form *b)
 {
-    return a->tier == b->tier && a->int8_weights == b->int8_weights && a->block == b->block;
+    return a->tier == b->tier && a->int8_weights == b->int8_weights && a->block == b->block &&
+           a->distance == b->distance;
 }
 
 void qllm_cpu_linear(qllm_threads *threads, const qllm_cpu_ops *ops, const qllm_linear_part *parts,

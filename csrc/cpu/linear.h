@@ -25,9 +25,9 @@ typedef struct qllm_linear_part {
 
 enum { QLLM_LINEAR_PARTS = 3 };
 
-/* What a weight computes with under a mode: 4-bit weights whose blocks end with the rows take int16
- * in `auto` and int8 in `int8`; bf16 weights take bf16 in both where the set has instructions for
- * it; everything else is exact. */
+/* What a weight computes with under a mode: 4-bit weights whose blocks end with the rows take int8
+ * in `int8` and in `auto` bf16x2 where the set offers it, else int16; bf16 weights take bf16x2 or
+ * bf16 in both where the set offers one of them; everything else is exact. */
 qllm_tier qllm_cpu_linear_tier(const qllm_cpu_ops *ops, const qllm_packed *weight,
                                qllm_compute compute);
 

@@ -55,4 +55,5 @@ OPS_TABLE(avx512, .bf16_activation = NULL);
 OPS_TABLE(avx512vbmi, .bf16_activation = NULL);
 OPS_TABLE(avx512bf16, .bf16_activation = qllm_bf16_activation_avx512bf16);
 OPS_TABLE(avx512amx, .panel_rows = qllm_panel_rows_avx512amx,
-          .panel_activation = panel_activation);
+          .panel_activation = panel_activation,
+          .pairs_activation = qllm_pairs_activation_avx512amx);

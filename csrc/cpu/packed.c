@@ -116,6 +116,7 @@ static void copy_tables(const qllm_qweight *weight, qllm_packed *p)
         return;
     p->unit16 = qllm_integer_codes(p->code, QLLM_INT16_CODE_LIMIT, p->codes16);
     p->unit8 = qllm_integer_codes(p->code, QLLM_INT8_CODE_LIMIT, p->codes8);
+    p->unit_bf16 = qllm_bf16_codes(p->code, p->codes_bf16);
     for (int i = 0; i < 256; i++) {
         uint32_t bits = qllm_bits_from_float(p->nested_code[i]);
         for (int plane = 0; plane < 4; plane++)

@@ -65,6 +65,8 @@ struct qllm_packed {
     float offset, code[16], nested_code[256];
     int16_t codes16[16], codes8[16]; /* `code` as integers, and what one unit of them is worth */
     float unit16, unit8;
+    uint16_t codes_bf16[16]; /* and as bf16 */
+    float unit_bf16;
     uint8_t nested_planes[4][256];   /* byte p of nested_code[i] */
     /* INT8, padded to whole tiles */
     float *row_absmax;

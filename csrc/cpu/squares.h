@@ -1,6 +1,7 @@
 /* The registers of AMX, "squares" here since a tile is something else (packed_layout.h): up to 16
  * lines of up to 64 bytes each.  A square of x has a line per row, one of weights a line per four
- * columns with the four bytes of 16 outputs, one of sums a line of 16 int32 per row of x.
+ * columns of int8 or two of bf16, with the four bytes of 16 outputs, one of sums a line of 16
+ * int32 or float32 per row of x.
  *
  * By name, since compilers know neither that squares are read from memory nor which are in use. */
 #ifndef QLLM_CPU_SQUARES_H
@@ -24,6 +25,10 @@ enum { SQUARE = 1024 /* bytes */, SQUARE_LINES = 16, SQUARES = 8 };
 #define SQUARE_DOT(signs, sum, x, weights)                                                        \
     __asm__ volatile("tdpb" #signs "d %%tmm" #weights ", %%tmm" #x ", %%tmm" #sum ::: "memory")
 
+/* The same with pairs of bf16 and sums of float32: qllm_bf16_pairs */
+#define SQUARE_DOT_BF16(sum, x, weights)                                                          \
+    __asm__ volatile("tdpbf16ps %%tmm" #weights ", %%tmm" #x ", %%tmm" #sum ::: "memory")
+
 /* The operand of ldtilecfg (Intel SDM vol. 1, 18.3.1). */
 typedef struct square_shapes {
     uint8_t palette, start_row, reserved[14];
@@ -31,14 +36,14 @@ typedef struct square_shapes {
     uint8_t lines[16];
 } square_shapes;
 
-/* Squares 0 to 3 hold sums, 4 and 5 weights, 6 and 7 x: `rows` rows of x, `cols` columns.  Until
+/* Squares 0 to 3 hold sums, 4 and 5 weights, 6 and 7 x: `rows` rows of x, `bytes` of each.  Until
  * squares_close, the system saves 8 KiB more when it switches threads. */
-QLLM_INLINE void squares_open(int64_t rows, int64_t cols)
+QLLM_INLINE void squares_open(int64_t rows, int64_t bytes)
 {
     square_shapes shapes = {.palette = 1};
     for (int i = 0; i < SQUARES; i++) {
-        shapes.line_bytes[i] = i > 5 ? (uint16_t)cols : 64;
-        shapes.lines[i] = (uint8_t)(i == 4 || i == 5 ? cols / 4 : rows);
+        shapes.line_bytes[i] = i > 5 ? (uint16_t)bytes : 64;
+        shapes.lines[i] = (uint8_t)(i == 4 || i == 5 ? bytes / 4 : rows);
     }
     __asm__ volatile("ldtilecfg %0" :: "m"(shapes) : "memory");
 }

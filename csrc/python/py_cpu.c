@@ -127,6 +127,7 @@ static PyObject *feature_list(const qllm_cpu_features *f)
         {"avx512bw", f->avx512bw}, {"avx512vl", f->avx512vl}, {"avx512dq", f->avx512dq},
         {"avx512vnni", f->avx512vnni}, {"avx512vbmi", f->avx512vbmi},
         {"avx512bf16", f->avx512bf16}, {"amxint8", f->amxint8},
+        {"amxbf16", f->amxbf16},
         {"amxint8 (the system refuses it)", f->amx_refused}, {"neon", f->neon},
         {"dotprod", f->dotprod},
     };

@@ -450,7 +450,8 @@ static PyMethodDef tensor_methods[] = {
      "y = x W^T + bias by the plain reference in the documented order of summation; x float32\n"
      "(m, cols) or (cols,), y float32 (m, rows) or (rows,).  threshold is that of int8 outliers;\n"
      "batch_outliers takes the outlier columns of the whole batch, as bitsandbytes does.  tier is\n"
-     "exact, int16 or int8 (4-bit weights whose blocks end with the rows) or bf16 (bf16 weights)."},
+     "exact, int16 or int8 (4-bit weights whose blocks end with the rows), bf16 (bf16 weights) or\n"
+     "bf16x2 (both)."},
     {"__array__", (PyCFunction)(void (*)(void))tensor_array, KEYWORDS, NULL},
     {"__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, KEYWORDS, NULL},
     {"__dlpack_device__", tensor_dlpack_device, METH_NOARGS, NULL},
