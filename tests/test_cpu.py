@@ -130,15 +130,15 @@ def test_the_forced_set_is_the_one_that_runs(isa: str, format: str) -> None:
 
 
 @pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
-def test_many_rows_by_int8_weights_go_to_the_matrix_units() -> None:
-    w = weight(37, 2113, "int8")  # more columns than are taken at a time, an odd number of tiles
-    names = [_core.linear_name(w, m, isa="avx512amx") for m in (1, 2, 300)]
-    assert names == ["int8 avx512amx, 1 row", "int8 avx512amx, panels of rows",
-                     "int8 avx512amx, panels of rows"]
-    x = inputs(300, 2113)  # more rows than a pass takes, in panels that overlap
-    for m in (2, 17, 300):
+def test_int8_weights_go_to_the_matrix_units() -> None:
+    w = weight(37, 6000, "int8")  # two strips of columns, an odd number of tiles
+    names = {_core.linear_name(w, m, isa="avx512amx") for m in (1, 2, 300)}
+    assert names == {"int8 avx512amx, panels of rows"}
+    x = inputs(300, 6000)  # two passes; panels of 1 to 16 rows, the last one full or not
+    expected = w.matmul(x, isa="avx512")
+    for m in (1, 2, 17, 33, 48, 300):
         y = w.matmul(x[:m], isa="avx512amx", threads=2)
-        assert_same_bits(y, w.matmul(x[:m], isa="scalar"), m)
+        assert_same_bits(y, expected[:m], m)
 
 
 @pytest.mark.parametrize("isa", SETS)

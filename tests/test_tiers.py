@@ -268,6 +268,16 @@ def test_more_rows_and_columns_than_a_pass_takes(isa: str, format: str, cols: in
     assert np.array_equal(bits(_core.linear(q, x, bias, isa=isa, compute="auto")), bits(expected))
 
 
+@pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
+def test_sums_of_bf16_weights_wait_in_y_between_strips_of_columns() -> None:
+    q, x, bias = weight(69, 2086, "bf16"), inputs(100, 2086), inputs(1, 69)[0]
+    expected = q.matmul_reference(x, bias, tier="bf16x2")
+    for m in (33, 48, 100):  # whole panels and not, an odd number of them, a tile of 5 outputs
+        for threads in (1, 2):
+            y = _core.linear(q, x[:m], bias, isa="avx512amx", threads=threads, compute="auto")
+            assert np.array_equal(bits(y), bits(expected[:m])), (m, threads)
+
+
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("mode", ["auto", "int8"])
 def test_nan_and_infinity_stay_in_their_row(isa: str, mode: str) -> None:

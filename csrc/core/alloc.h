@@ -14,9 +14,10 @@ enum { QLLM_ALIGNMENT = 64 };
 qllm_status qllm_alloc(void **out, int64_t count, int64_t size, const char *what,
                        qllm_error *error);
 
-/* The same for weights, but with contents that are not set, so that the threads which fill the
- * memory are the first to touch it.  From QLLM_LARGE_BYTES on it is aligned to 2 MiB and, where the
- * system offers it, on huge pages, which makes streaming through it some 5 to 10 % faster. */
+/* The same for weights and other large memory, but with contents that are not set, so that the
+ * threads which fill the memory are the first to touch it.  From QLLM_LARGE_BYTES on it is aligned
+ * to 2 MiB and, where the system offers it, on huge pages, which makes streaming through it some 5
+ * to 10 % faster. */
 enum { QLLM_LARGE_BYTES = 2 << 20 };
 qllm_status qllm_alloc_large(void **out, int64_t count, int64_t size, const char *what,
                              qllm_error *error);

@@ -82,9 +82,10 @@ typedef struct qllm_cpu_ops {
                    int64_t tile_begin, int64_t tile_end, float *y, int64_t y_stride);
     /* What `linear` runs for a weight, a tier and m rows: "nf4 avx512, fused, few rows". Static. */
     const char *(*linear_name)(const qllm_packed *weight, qllm_tier tier, int64_t m);
-    /* As qllm_int8_activation of core/quant.h; writes zeros behind cols up to a multiple of 64. */
-    void (*int8_activation)(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
-                            int32_t *outliers, int64_t *n_outliers);
+    /* As qllm_int8_activation of core/quant.h; columns 64 i to 64 i + 63 go to q + i * step, zeros
+     * behind cols up to a multiple of 64. */
+    void (*int8_activation)(const float *x, int64_t cols, float threshold, int8_t *q, int64_t step,
+                            float *scale, int32_t *outliers, int64_t *n_outliers);
     /* A row in the form of tier int16 or int8: qllm_block_activation for each `block` values (a
      * multiple of 16 that divides cols).  q in the set's own order; scale and sums (cols / block),
      * sums only in tier int8. */

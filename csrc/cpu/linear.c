@@ -54,13 +54,13 @@ static bool reserve(int64_t count, int64_t size, int64_t *bytes)
            qllm_checked_round_up(part, QLLM_LINE, &part) && qllm_checked_add(*bytes, part, bytes);
 }
 
-/* LLM.int8() takes 5 bytes for an element of x; int16 takes 2 and two more numbers of 4 bytes for a
- * block of at least 32, and panels of it are at most twice as many rows. */
+/* LLM.int8() takes 5 bytes for an element of x, 6 by panels, which are at most twice as many rows;
+ * int16 takes 2 and two more numbers of 4 bytes for a block of at least 32, all by panels. */
 int64_t qllm_cpu_linear_scratch(int64_t cols, int64_t m)
 {
     int64_t bytes = 0, padded, elements;
     if (qllm_checked_round_up(cols, QLLM_INT8_PAD, &padded) &&
-        qllm_checked_mul(m, padded, &elements) && reserve(elements, 1, &bytes) &&
+        qllm_checked_mul(m, padded, &elements) && reserve(elements, 2, &bytes) &&
         reserve(m, sizeof(float), &bytes) && reserve(m, sizeof(int64_t), &bytes) &&
         reserve(elements, sizeof(int32_t), &bytes) && reserve(cols, 1, &bytes) &&
         qllm_checked_add(bytes, 2 * QLLM_LINE, &bytes))
@@ -75,14 +75,15 @@ static void *take(uint8_t *base, int64_t count, int64_t size, int64_t *at)
     return out;
 }
 
-/* m: with the rows that fill the last panel */
-static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols, int64_t m)
+/* `filled`: m and the rows that fill the last panel */
+static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols, int64_t m,
+                                   int64_t filled)
 {
     int64_t padded = (cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD, at = 0;
     rounded_rows rows = {.q = NULL};
     if (form->tier == QLLM_TIER_EXACT) {
         rows.q_stride = padded;
-        rows.q = take(scratch, m * padded, 1, &at);
+        rows.q = take(scratch, filled * padded, 1, &at);
         rows.scale = take(scratch, m, sizeof(float), &at);
         rows.n_outliers = take(scratch, m, sizeof(int64_t), &at);
         rows.outliers = take(scratch, m * padded, sizeof(int32_t), &at);
@@ -90,11 +91,11 @@ static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols
         return rows;
     }
     rows.q_stride = form->tier == QLLM_TIER_INT8 ? padded : 2 * padded;
-    rows.q = take(scratch, m, rows.q_stride, &at);
+    rows.q = take(scratch, filled, rows.q_stride, &at);
     if (form->block > 0)
-        rows.scale = take(scratch, m * (cols / form->block), sizeof(float), &at);
+        rows.scale = take(scratch, filled * (cols / form->block), sizeof(float), &at);
     if (form->tier == QLLM_TIER_INT8)
-        rows.block_sums = take(scratch, m * (cols / form->block), sizeof(int32_t), &at);
+        rows.block_sums = take(scratch, filled * (cols / form->block), sizeof(int32_t), &at);
     return rows;
 }
 
@@ -125,6 +126,14 @@ static void round_into_panel(const linear_job *job, int64_t r)
                                job->rounded.scale + r / rows * rows * (cols / block) + r % rows);
 }
 
+/* LLM.int8(): column k of row r, of 64 columns that stand together. */
+static int8_t *int8_at(const linear_job *job, int64_t r, int64_t k)
+{
+    int64_t rows = job->rows.panel > 0 ? job->rows.panel : 1;
+    return (int8_t *)job->rounded.q + r / rows * rows * job->rounded.q_stride +
+           (k / QLLM_INT8_PAD * rows + r % rows) * QLLM_INT8_PAD + k % QLLM_INT8_PAD;
+}
+
 static void round_rows(void *context, int64_t begin, int64_t end, int thread)
 {
     const linear_job *job = context;
@@ -134,11 +143,12 @@ static void round_rows(void *context, int64_t begin, int64_t end, int thread)
     for (int64_t r = begin; r < end; r++) {
         const float *x = job->rows.x + r * job->rows.stride;
         void *q = (uint8_t *)to->q + r * to->q_stride;
-        if (job->rows.panel > 0)
+        if (job->form.tier == QLLM_TIER_EXACT)
+            job->ops->int8_activation(x, cols, job->threshold, int8_at(job, r, 0),
+                                      int8_at(job, r, QLLM_INT8_PAD) - int8_at(job, r, 0),
+                                      &to->scale[r], to->outliers + r * cols, &to->n_outliers[r]);
+        else if (job->rows.panel > 0)
             round_into_panel(job, r);
-        else if (job->form.tier == QLLM_TIER_EXACT)
-            job->ops->int8_activation(x, cols, job->threshold, q, &to->scale[r],
-                                      to->outliers + r * cols, &to->n_outliers[r]);
         else if (job->form.tier == QLLM_TIER_BF16)
             job->ops->bf16_activation(x, cols, q);
         else {
@@ -150,8 +160,10 @@ static void round_rows(void *context, int64_t begin, int64_t end, int thread)
 }
 
 /* bitsandbytes' form: a column with an outlier in any row is one in every row. */
-static void share_outliers(const rounded_rows *int8, int64_t m, int64_t cols)
+static void share_outliers(const linear_job *job)
 {
+    const rounded_rows *int8 = &job->rounded;
+    int64_t m = job->rows.m, cols = job->rows.cols;
     memset(int8->used, 0, (size_t)cols);
     for (int64_t r = 0; r < m; r++)
         for (int64_t j = 0; j < int8->n_outliers[r]; j++)
@@ -160,7 +172,7 @@ static void share_outliers(const rounded_rows *int8, int64_t m, int64_t cols)
         int8->n_outliers[r] = 0;
         for (int64_t k = 0; k < cols; k++)
             if (int8->used[k]) {
-                ((int8_t *)int8->q)[r * int8->q_stride + k] = 0;
+                *int8_at(job, r, k) = 0;
                 int8->outliers[r * cols + int8->n_outliers[r]++] = (int32_t)k;
             }
     }
@@ -219,13 +231,13 @@ static void take_form(linear_job *job)
 static void open_panels(linear_job *job, void *scratch)
 {
     int64_t m = job->rows.m, cols = job->rows.cols, rows = 0, padded = m;
-    bool by_panels = job->form.block > 0 || job->form.tier == QLLM_TIER_BF16X2;
+    bool by_panels = job->form.tier != QLLM_TIER_BF16;
     if (by_panels && job->ops->panel_rows != NULL)
         rows = job->ops->panel_rows(job->form.tier, m);
     if (rows > 0)
         padded = (m + rows - 1) / rows * rows;
     job->rows.panel = rows;
-    job->rounded = divide_scratch(scratch, &job->form, cols, padded);
+    job->rounded = divide_scratch(scratch, &job->form, cols, m, padded);
     if (padded == m)
         return;
     int64_t first = padded - rows;
@@ -241,7 +253,7 @@ static void open_panels(linear_job *job, void *scratch)
 static void make_form(linear_job *job, qllm_threads *threads, bool small, bool int8_batch,
                       void *scratch)
 {
-    int64_t m = job->rows.m, cols = job->rows.cols;
+    int64_t m = job->rows.m;
     job->rows.tier = job->form.tier;
     if (job->form.tier == QLLM_TIER_EXACT && !job->form.int8_weights)
         return;
@@ -251,7 +263,7 @@ static void make_form(linear_job *job, qllm_threads *threads, bool small, bool i
     else
         qllm_threads_run(threads, m, round_rows, job);
     if (job->form.int8_weights && int8_batch && job->threshold > 0.0f)
-        share_outliers(&job->rounded, m, cols);
+        share_outliers(job);
     take_form(job);
 }
 
@@ -319,11 +331,13 @@ void qllm_cpu_linear_int8(qllm_threads *threads, const qllm_cpu_ops *ops,
         return;
     job.rows = (qllm_rows){.x = given->x, .m = m, .cols = cols, .stride = cols,
                            .tier = QLLM_TIER_EXACT};
-    job.rounded = divide_scratch(scratch, &job.form, cols, m);
+    open_panels(&job, scratch);
     for (int64_t r = 0; r < m; r++) {
-        int8_t *q = (int8_t *)job.rounded.q + r * job.rounded.q_stride;
-        memcpy(q, given->q + r * cols, (size_t)cols);
-        memset(q + cols, 0, (size_t)(job.rounded.q_stride - cols));
+        for (int64_t k = 0; k < cols; k += QLLM_INT8_PAD) {
+            int64_t n = cols - k < QLLM_INT8_PAD ? cols - k : QLLM_INT8_PAD;
+            memset(int8_at(&job, r, k) + n, 0, (size_t)(QLLM_INT8_PAD - n));
+            memcpy(int8_at(&job, r, k), given->q + r * cols + k, (size_t)n);
+        }
         job.rounded.scale[r] = given->absmax[r] / 127.0f;
         job.rounded.n_outliers[r] = given->n_outliers;
         for (int64_t i = 0; i < given->n_outliers; i++)

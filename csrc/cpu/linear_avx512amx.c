@@ -28,7 +28,6 @@ enum {
     PASS_ROWS = 256,
     LEAST_ROWS_INT16 = 17,    /* fewer are faster by the set below */
     LEAST_ROWS_INT8 = 12,
-    LEAST_ROWS_WEIGHTS = 2,  /* of int8 */
     HIGH_HIGH = 0, MIDDLE = 1, LOW_LOW = 2 /* squares of sums */
 };
 
@@ -310,7 +309,7 @@ static void linear_codes(const qllm_packed *packed, const float *bias, const qll
 int64_t qllm_panel_rows_avx512amx(qllm_tier tier, int64_t m)
 {
     int64_t panels = (m + SQUARE_LINES - 1) / SQUARE_LINES;
-    if (tier == QLLM_TIER_BF16X2)
+    if (tier == QLLM_TIER_EXACT || tier == QLLM_TIER_BF16X2)
         return (m + panels - 1) / panels;
     if (m < (tier == QLLM_TIER_INT16 ? LEAST_ROWS_INT16 : LEAST_ROWS_INT8))
         return 0;
@@ -342,10 +341,10 @@ void qllm_linear_avx512amx(const qllm_packed *weight, const float *bias, const q
         qllm_linear_bf16_avx512amx(weight, bias, rows, tile_begin, tile_end, y, y_stride);
     else if (rows->tier == QLLM_TIER_BF16X2)
         qllm_linear_4bit_avx512amx(weight, bias, rows, tile_begin, tile_end, y, y_stride);
+    else if (weight->layout == QLLM_LAYOUT_INT8)
+        qllm_linear_int8_avx512amx(weight, bias, rows, tile_begin, tile_end, y, y_stride);
     else if (rows->panel > 0)
         linear_codes(weight, bias, rows, tile_begin, tile_end, y, y_stride);
-    else if (weight->layout == QLLM_LAYOUT_INT8 && rows->m >= LEAST_ROWS_WEIGHTS)
-        qllm_linear_int8_avx512amx(weight, bias, rows, tile_begin, tile_end, y, y_stride);
     else
         qllm_linear_avx512vbmi(weight, bias, rows, tile_begin, tile_end, y, y_stride);
 }
@@ -377,7 +376,7 @@ const char *qllm_linear_name_avx512amx(const qllm_packed *weight, qllm_tier tier
         return pairs[weight->format];
     if (tier != QLLM_TIER_EXACT && qllm_panel_rows_avx512amx(tier, m) > 0)
         return panels[tier == QLLM_TIER_INT16][weight->format];
-    if (weight->layout == QLLM_LAYOUT_INT8 && m >= LEAST_ROWS_WEIGHTS)
+    if (weight->layout == QLLM_LAYOUT_INT8)
         return "int8 " LANES_ISA ", panels of rows";
     return linear_any_name(weight, tier, m);
 }

@@ -224,20 +224,24 @@ static float absmax_and_outliers(const float *x, int64_t cols, float threshold, 
     return qllm_float_from_bits((uint32_t)ilanes_max_all(largest));
 }
 
-static void int8_activation(const float *x, int64_t cols, float threshold, int8_t *q, float *scale,
-                            int32_t *outliers, int64_t *n_outliers)
+static void int8_activation(const float *x, int64_t cols, float threshold, int8_t *q, int64_t step,
+                            float *scale, int32_t *outliers, int64_t *n_outliers)
 {
-    int64_t padded = (cols + 63) / 64 * 64, i = 0;
+    int64_t padded = (cols + 63) / 64 * 64;
     float absmax = absmax_and_outliers(x, cols, threshold, outliers, n_outliers);
     float factor = 127.0f / absmax;
     bool usable = isfinite(absmax) && isfinite(factor);
     *scale = usable ? absmax / 127.0f : isfinite(absmax) ? 0.0f : NAN;
-    for (; usable && i < cols; i += 16)
-        lanes_store_int8(q + i, lanes_mul(lanes_load_n(x + i, width_at(i, cols)),
-                                          lanes_set1(factor)));
-    memset(q + i, 0, (size_t)(padded - i));
+    for (int64_t i = 0; i < padded; i += 16) {
+        int8_t *to = q + i / 64 * step + i % 64;
+        if (usable && i < cols)
+            lanes_store_int8(to, lanes_mul(lanes_load_n(x + i, width_at(i, cols)),
+                                           lanes_set1(factor)));
+        else
+            memset(to, 0, 16);
+    }
     for (int64_t j = 0; j < *n_outliers; j++)
-        q[outliers[j]] = 0;
+        q[outliers[j] / 64 * step + outliers[j] % 64] = 0;
 }
 
 /* What the values of a block are multiplied by, 0 where all of them become 0; and its scale. */

@@ -58,7 +58,7 @@ static void round_rows(void *context, int64_t begin, int64_t end, int thread)
         float scale;
         job->by->encode->to_float(job->x + r * cols * qllm_dtype_size(job->dtype), job->dtype, cols,
                                   x);
-        job->by->ops->int8_activation(x, cols, job->threshold, q, &scale, outliers, &n);
+        job->by->ops->int8_activation(x, cols, job->threshold, q, 64, &scale, outliers, &n);
         memcpy(job->q + r * cols, q, (size_t)cols);
         job->absmax[r] = isnan(scale) ? scale : largest_below(x, cols, job->threshold);
         for (int64_t i = 0; i < n; i++)

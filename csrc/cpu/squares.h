@@ -17,9 +17,10 @@ enum { SQUARE = 1024 /* bytes */, SQUARE_LINES = 16, SQUARES = 8 };
 #define SQUARE_LOAD(square, from, stride)                                                         \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #square                                         \
                      :: "r"(from), "r"((int64_t)(stride)) : "memory")
-#define SQUARE_STORE(square, to)                                                                  \
+#define SQUARE_STORE(square, to) SQUARE_STORE_LINES(square, to, 64)
+#define SQUARE_STORE_LINES(square, to, stride)                                                    \
     __asm__ volatile("tilestored %%tmm" #square ", (%0,%1,1)"                                     \
-                     :: "r"(to), "r"((int64_t)64) : "memory")
+                     :: "r"(to), "r"((int64_t)(stride)) : "memory")
 /* sum += x times weights; `signs` says of x and of the weights whether they are signed: ss, su, us,
  * uu */
 #define SQUARE_DOT(signs, sum, x, weights)                                                        \

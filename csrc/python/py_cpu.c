@@ -244,7 +244,8 @@ static qllm_status multiply(const qllm_packed *packed, const request *request,
     if (bytes < 0)
         return qllm_fail(error, QLLM_MEMORY, "x: the rounded form of this input is larger than can "
                          "be addressed; use a smaller batch");
-    qllm_status status = qllm_alloc(&scratch, bytes, 1, "the rounded form of the input", error);
+    qllm_status status = qllm_alloc_large(&scratch, bytes, 1, "the rounded form of the input",
+                                          error);
     if (status == QLLM_OK)
         qllm_cpu_linear(threads, qllm_cpu_ops_get(request->isa),
                         &(qllm_linear_part){packed, b, y, rows}, 1, x, m, cols,

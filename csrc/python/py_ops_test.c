@@ -164,7 +164,7 @@ static PyObject *py_activation_test(PyObject *module, PyObject *args)
         outliers = qllm_array_new(QLLM_ARRAY_I8, 1, &bytes, &outlier_data); /* int32 as bytes */
     if (outliers != NULL) {
         qllm_cpu_ops_get(isa)->int8_activation(qllm_array_data(x), cols, (float)threshold, q_data,
-                                               &scale, outlier_data, &n_outliers);
+                                               64, &scale, outlier_data, &n_outliers);
         result = Py_BuildValue("(OfOL)", q, (double)scale, outliers, (long long)n_outliers);
     }
     Py_DECREF(x);
