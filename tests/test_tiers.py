@@ -278,6 +278,17 @@ def test_sums_of_bf16_weights_wait_in_y_between_strips_of_columns() -> None:
             assert np.array_equal(bits(y), bits(expected[:m])), (m, threads)
 
 
+@pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
+@pytest.mark.parametrize("format,blocksize", [("nf4", 64), ("nf4-dq", 32), ("fp4-dq", 128)])
+def test_more_columns_than_stay_in_the_cache(format: str, blocksize: int) -> None:
+    """Of 256 rows, which are two panels of x, 4096 columns at a time."""
+    q, x, bias = weight(37, 4992, format, blocksize), inputs(32, 4992), inputs(1, 37)[0]
+    expected = np.tile(q.matmul_reference(x, bias, tier="bf16x2"), (8, 1))
+    x = np.tile(x, (8, 1))
+    y = q.matmul(x, bias, isa="avx512amx", compute="auto")
+    assert np.array_equal(bits(y), bits(expected))
+
+
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("mode", ["auto", "int8"])
 def test_nan_and_infinity_stay_in_their_row(isa: str, mode: str) -> None:

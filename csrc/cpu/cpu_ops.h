@@ -91,18 +91,18 @@ typedef struct qllm_cpu_ops {
      * sums only in tier int8. */
     void (*block_activation)(qllm_tier tier, const float *x, int64_t cols, int64_t block, void *q,
                              float *scale, int32_t *sums);
-    /* Sets that take m rows in the form of tier int16, int8 or bf16x2 by panels say how many rows
-     * each has, 0: no panels.  All together have at most twice as many rows as x.  Others: NULL. */
-    int64_t (*panel_rows)(qllm_tier tier, int64_t m);
-    /* A row as block_activation has it, but without sums, into a panel of `rows` rows: q is the
-     * row's first block.  A panel has, of each block, a square: `block` bytes of every row; in tier
-     * int16 one of the high bytes, which are signed, and one of the low bytes, which are not.  The
-     * row's scales go to scale[0], scale[rows], ... */
-    void (*panel_activation)(qllm_tier tier, const float *x, int64_t cols, int64_t block,
-                             int64_t rows, int8_t *q, float *scale);
+    /* Sets that take m rows in the form of tier int8 or bf16x2 by panels say how many rows
+     * each has, 0: no panels.  All together have at most twice as many rows as x.  Others: NULL.
+     * `distance` is that of the pairs of tier bf16x2. */
+    int64_t (*panel_rows)(qllm_tier tier, int64_t distance, int64_t m);
+    /* A row in tier int8 as block_activation has it, but without sums, into a panel of `rows` rows:
+     * q is the row's first block.  A panel has, of each block, a square: `block` bytes of every
+     * row.  The row's scales go to scale[0], scale[rows], ... */
+    void (*panel_activation)(const float *x, int64_t cols, int64_t block, int64_t rows, int8_t *q,
+                             float *scale);
     /* qllm_bf16_activation of a row for tier bf16x2, into a panel of `rows` rows: q is the row's
-     * first group.  A panel has, of each group, a square: 64 bytes of every row, pairs of columns
-     * that are `distance` apart (qllm_pair_distance), zeros behind the last column.  NULL: the set
+     * first group.  A panel has, of each group, 64 bytes of every row, pairs of columns that are
+     * `distance` apart (qllm_pair_distance), zeros behind the last column.  NULL: the set
      * does not offer the tier; else it is the one of `auto`, and panel_rows knows it. */
     void (*pairs_activation)(const float *x, int64_t cols, int64_t distance, int64_t rows,
                              uint16_t *q);

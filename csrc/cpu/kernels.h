@@ -19,7 +19,7 @@ qllm_linear_namer qllm_linear_name_scalar, qllm_linear_name_avx2, qllm_linear_na
     qllm_linear_name_neon, qllm_linear_name_neondot;
 
 void qllm_bf16_activation_avx512bf16(const float *x, int64_t cols, uint16_t *q);
-int64_t qllm_panel_rows_avx512amx(qllm_tier tier, int64_t m);
+int64_t qllm_panel_rows_avx512amx(qllm_tier tier, int64_t distance, int64_t m);
 void qllm_pairs_activation_avx512amx(const float *x, int64_t cols, int64_t distance, int64_t rows,
                                      uint16_t *q);
 

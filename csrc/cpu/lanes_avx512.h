@@ -121,17 +121,6 @@ QLLM_INLINE void lanes_store_quads(int8_t *p, lanes a)
                      _mm_shuffle_epi8(_mm512_cvtepi32_epi8(nearest), order));
 }
 
-/* 256 * high + low, low from 0 to 255; the low eight bits are what vpmovdb keeps */
-QLLM_INLINE void lanes_store_halves(int8_t *high, int8_t *low, lanes a)
-{
-    const __m128i order = _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14);
-    __m512i nearest = _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m128i upper = _mm512_cvtepi32_epi8(_mm512_srai_epi32(nearest, 8));
-    __m128i lower = _mm512_cvtepi32_epi8(nearest);
-    _mm_storeu_si128((__m128i *)(void *)high, _mm_shuffle_epi8(upper, order));
-    _mm_storeu_si128((__m128i *)(void *)low, _mm_shuffle_epi8(lower, order));
-}
-
 QLLM_INLINE ilanes ilanes_load(const void *p) { return _mm512_loadu_si512(p); }
 QLLM_INLINE ilanes ilanes_set1(int32_t x) { return _mm512_set1_epi32(x); }
 QLLM_INLINE ilanes ilanes_add(ilanes a, ilanes b) { return _mm512_add_epi32(a, b); }

@@ -122,7 +122,7 @@ static void round_into_panel(const linear_job *job, int64_t r)
                                    (uint16_t *)(void *)panel + r % rows * QLLM_GROUP);
         return;
     }
-    job->ops->panel_activation(job->form.tier, x, cols, block, rows, panel + r % rows * block,
+    job->ops->panel_activation(x, cols, block, rows, panel + r % rows * block,
                                job->rounded.scale + r / rows * rows * (cols / block) + r % rows);
 }
 
@@ -233,7 +233,7 @@ static void open_panels(linear_job *job, void *scratch)
     int64_t m = job->rows.m, cols = job->rows.cols, rows = 0, padded = m;
     bool by_panels = job->form.tier != QLLM_TIER_BF16;
     if (by_panels && job->ops->panel_rows != NULL)
-        rows = job->ops->panel_rows(job->form.tier, m);
+        rows = job->ops->panel_rows(job->form.tier, job->form.distance, m);
     if (rows > 0)
         padded = (m + rows - 1) / rows * rows;
     job->rows.panel = rows;

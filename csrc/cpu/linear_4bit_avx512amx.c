@@ -1,7 +1,13 @@
-/* Tier bf16x2: 4-bit weights by x rounded to bf16 in the matrix units (AMX).  The codes of a block
- * are looked up into squares, whose sums are scaled by the vector units. */
+/* Tier bf16x2: 4-bit weights by x rounded to bf16 in the matrix units (AMX), any number of rows.
+ *
+ * x lies in panels of up to PANEL_SQUARES squares.  The codes of a block of 64 columns are looked
+ * up into two squares (of 32: into one), which all squares of a panel follow while they are in
+ * their registers.  The sums of a block leave by way of memory, and are scaled and added to the
+ * outputs, which wait in the first-level cache. */
 #define LANES_ISA "avx512amx"
 #include "cpu/lanes_avx512.h"
+
+#include <string.h>
 
 #include "core/activation.h"
 #include "core/linear_ref.h"
@@ -9,10 +15,47 @@
 #include "cpu/squares.h"
 #include "cpu/tile_stream.h"
 
-enum { LINES = QLLM_GROUP / QLLM_STEP /* of codes in a square */ };
+enum {
+    LINES = QLLM_GROUP / QLLM_STEP, /* of codes in a square */
+    TILES = 2,             /* that share a square of x while it is in its register */
+    PASS_BYTES = 1 << 20,  /* of x stay in the second-level cache while all tiles use them */
+    AHEAD = 2,             /* blocks */
+    SCALES = 8             /* blocks */
+};
+
+typedef float square_sums[SQUARE_LINES][16];
+
+/* What all tiles share: a panel of x and some of its columns. */
+typedef struct codes_job {
+    const qllm_packed *packed;
+    const qllm_rows *in;
+    const float *bias;
+    float *y;
+    int64_t y_stride;
+    int64_t row;                 /* of x, the panel's first */
+    int64_t squares, rows;       /* the panel's, and how many rows each has */
+    int64_t first_block, blocks; /* so many from there on, of qllm_activation_block */
+    int64_t all_blocks;          /* of a row */
+} codes_job;
+
+/* The weights of the next blocks, and the scales of those too whose sums are on their way.  Blocks
+ * are decoded AHEAD of their use, since stores leave for the cache only when all products before
+ * them are done. */
+typedef struct decoded {
+    _Alignas(64) uint8_t w[AHEAD][TILES][2][SQUARE];
+    _Alignas(64) float absmax[SCALES][TILES][QLLM_TILE_ROWS];
+} decoded;
+
+/* Sums on their way: those of one turn are stored in the next and added in the one after, since a
+ * store waits for its products and a load for a store that it meets. */
+typedef struct passage {
+    _Alignas(64) square_sums sums[TILES];
+    square_sums *y;      /* (tiles) outputs that they belong to */
+    const float *absmax; /* (tiles, 16) */
+} passage;
 
 /* The 16 codes twice, since vpermw reads five bits of an index. */
-static __m512i table_of(const qllm_packed *packed)
+QLLM_INLINE __m512i table_of(const qllm_packed *packed)
 {
     return _mm512_broadcast_i64x4(
         _mm256_loadu_si256((const __m256i *)(const void *)packed->codes_bf16));
@@ -25,61 +68,237 @@ QLLM_INLINE void decode_line(__m512i table, const uint8_t *at, uint8_t *to)
 {
     __m512i line = _mm512_loadu_si512(at);
     qllm_prefetch_codes(at);
+    __asm__("" : "+v"(line)); /* or gcc loads it again for each shift */
     _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), table));
     _mm512_store_si512(to + 64, _mm512_permutexvar_epi16(line, table));
     _mm512_store_si512(to + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), table));
     _mm512_store_si512(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), table));
 }
 
-/* y (SQUARE_LINES, 16) = a panel by a tile. */
-QLLM_INLINE void multiply_panel(const bool nested, const qllm_packed *packed, int64_t tile,
-                                const uint8_t *x, int64_t rows, float (*y)[16])
+/* Where the codes of a block lie; its scales go to their place. */
+QLLM_INLINE void open_block(const int tiles, const int groups, const bool nested, tile_stream *s,
+                            int64_t block, const uint8_t **at, decoded *out)
 {
-    int64_t groups = qllm_activation_block(packed->blocksize) / QLLM_GROUP;
-    __m512i table = table_of(packed);
-    tile_stream s;
-    stream_open(&s, packed, tile);
-    for (int64_t m = 0; m < rows; m++)
-        lanes_store(y[m], lanes_zero());
-    for (int64_t g = 0; g < s.groups; g += groups) {
-        _Alignas(64) uint8_t w[SQUARE];
-        _Alignas(64) float sums[SQUARE_LINES][16];
-        read_unit_if_first(nested, &s, g);
-        SQUARE_ZERO(0);
-        for (int64_t i = 0; i < groups; i++, x += rows * QLLM_LINE) {
-            const uint8_t *at = group_at(QLLM_LAYOUT_BLOCKS, nested, &s, g + i);
-            for (int64_t line = 0; line < LINES; line++)
-                decode_line(table, at + line * QLLM_LINE, w + 4 * line * QLLM_LINE);
-            SQUARE_LOAD(4, w, QLLM_LINE);
-            SQUARE_LOAD(6, x, QLLM_LINE);
-            SQUARE_DOT_BF16(0, 6, 4);
-        }
-        SQUARE_STORE(0, sums);
-        lanes absmax = scale_at(QLLM_LAYOUT_BLOCKS, nested, &s, g);
-        for (int64_t m = 0; m < rows; m++)
-            lanes_store(y[m], lanes_fma(absmax, lanes_load(sums[m]), lanes_load(y[m])));
+    int64_t g = block * groups;
+    LANES_UNROLL
+    for (int t = 0; t < tiles; t++) {
+        read_unit_if_first(nested, &s[t], g);
+        at[t] = group_at(QLLM_LAYOUT_BLOCKS, nested, &s[t], g);
+        lanes_store(out->absmax[block % SCALES][t], scale_at(QLLM_LAYOUT_BLOCKS, nested, &s[t], g));
     }
+}
+
+/* Lines [begin, end) of a block of every tile. */
+QLLM_INLINE void decode_lines(const int tiles, __m512i table, const uint8_t *const *at,
+                              int64_t begin, int64_t end, uint8_t (*w)[2][SQUARE])
+{
+    for (int64_t line = begin; line < end; line++) {
+        LANES_UNROLL
+        for (int t = 0; t < tiles; t++)
+            decode_line(table, at[t] + line * QLLM_LINE, w[t][0] + 4 * line * QLLM_LINE);
+    }
+}
+
+/* The weights of a block into their registers. */
+QLLM_INLINE void take_weights(const int tiles, const int groups, uint8_t (*w)[2][SQUARE])
+{
+    SQUARE_LOAD(2, w[0][0], QLLM_LINE);
+    if (groups > 1)
+        SQUARE_LOAD(3, w[0][1], QLLM_LINE);
+    if (tiles > 1)
+        SQUARE_LOAD(4, w[1][0], QLLM_LINE);
+    if (tiles > 1 && groups > 1)
+        SQUARE_LOAD(5, w[1][1], QLLM_LINE);
+}
+
+/* y[m] = fma(absmax, sums[m], y[m]) for rows [begin, end). */
+QLLM_INLINE void add_sums(const int t, int64_t begin, int64_t end, const passage *at)
+{
+    lanes absmax = lanes_load(at->absmax + t * QLLM_TILE_ROWS);
+    for (int64_t row = begin; row < end; row++)
+        lanes_store(at->y[t][row],
+                    lanes_fma(absmax, lanes_load(at->sums[t][row]), lanes_load(at->y[t][row])));
+}
+
+/* One turn: starts the products of a block and a square of x, stores the sums of the turn before
+ * and adds those of two before, a part at a time, so that all of it is under way at once. */
+QLLM_INLINE void take_turn(const int tiles, const int groups, const uint8_t *x, int64_t group_bytes,
+                           int64_t rows, passage *kept, const passage *ready)
+{
+    int64_t half = rows < SQUARE_LINES / 2 ? rows : SQUARE_LINES / 2;
+    SQUARE_STORE(0, kept->sums[0]);
+    SQUARE_LOAD(6, x, QLLM_LINE);
+    add_sums(0, 0, half, ready);
+    SQUARE_ZERO(0);
+    SQUARE_DOT_BF16(0, 6, 2);
+    if (groups > 1)
+        SQUARE_LOAD(7, x + group_bytes, QLLM_LINE);
+    add_sums(0, half, rows, ready);
+    if (tiles > 1)
+        SQUARE_STORE(1, kept->sums[1]);
+    if (groups > 1)
+        SQUARE_DOT_BF16(0, 7, 3);
+    if (tiles > 1) {
+        add_sums(1, 0, half, ready);
+        SQUARE_ZERO(1);
+        SQUARE_DOT_BF16(1, 6, 4);
+        add_sums(1, half, rows, ready);
+    }
+    if (tiles > 1 && groups > 1)
+        SQUARE_DOT_BF16(1, 7, 5);
+}
+
+/* What is still on its way. */
+QLLM_INLINE void take_last_sums(const int tiles, int64_t rows, passage *kept, const passage *ready)
+{
+    SQUARE_STORE(0, kept->sums[0]);
+    add_sums(0, 0, rows, ready);
+    add_sums(0, 0, rows, kept);
+    if (tiles > 1) {
+        SQUARE_STORE(1, kept->sums[1]);
+        add_sums(1, 0, rows, ready);
+        add_sums(1, 0, rows, kept);
+    }
+}
+
+/* y (squares, tiles) += the blocks of the job. */
+QLLM_INLINE void add_blocks(const int tiles, const int groups, const bool nested,
+                            const codes_job *job, tile_stream *s, square_sums (*y)[TILES])
+{
+    int64_t group_bytes = job->in->panel * QLLM_LINE, end = job->first_block + job->blocks;
+    const uint8_t *x = (const uint8_t *)job->in->q + job->row * job->in->q_stride
+                       + job->first_block * groups * group_bytes;
+    const uint8_t *at[TILES] = {NULL};
+    int64_t rows = job->rows, squares = job->squares, lines = groups * LINES;
+    int64_t step = (lines + squares - 1) / squares;
+    __m512i table = table_of(job->packed);
+    decoded w;
+    square_sums nowhere[TILES];
+    passage sums[2], *kept = &sums[0], *ready = &sums[1];
+    memset(sums, 0, sizeof sums);
+    memset(nowhere, 0, sizeof nowhere);
+    memset(w.absmax, 0, sizeof w.absmax);
+    kept->y = ready->y = nowhere; /* the first two turns find no sums */
+    kept->absmax = ready->absmax = w.absmax[(job->first_block + SCALES - 1) % SCALES][0];
+    int64_t block = job->first_block;
+    for (; block < end && block < job->first_block + AHEAD; block++) {
+        open_block(tiles, groups, nested, s, block, at, &w);
+        decode_lines(tiles, table, at, 0, lines, w.w[block % AHEAD]);
+    }
+    for (block = job->first_block; block < end; block++, x += groups * group_bytes) {
+        int64_t line = block + AHEAD < end ? 0 : lines; /* the next that is decoded */
+        take_weights(tiles, groups, w.w[block % AHEAD]);
+        if (line == 0)
+            open_block(tiles, groups, nested, s, block + AHEAD, at, &w);
+        for (int64_t square = 0; square < squares; square++) {
+            int64_t stop = line + step < lines ? line + step : lines;
+            take_turn(tiles, groups, x + square * rows * QLLM_LINE, group_bytes, rows, kept, ready);
+            decode_lines(tiles, table, at, line, stop, w.w[block % AHEAD]);
+            line = stop;
+            passage *empty = ready;
+            ready = kept;
+            kept = empty;
+            kept->y = y[square];
+            kept->absmax = w.absmax[block % SCALES][0];
+        }
+    }
+    take_last_sums(tiles, rows, kept, ready);
+}
+
+/* The outputs of a tile as the columns before have left them, and as these leave them. */
+static void load_outputs(const codes_job *job, int64_t tile, int64_t square, square_sums y)
+{
+    int64_t o = tile * QLLM_TILE_ROWS, left = job->packed->rows - o, n = left < 16 ? left : 16;
+    int64_t first = job->row + square * job->rows, rows = job->in->m - first;
+    memset(y, 0, sizeof(square_sums));
+    for (int64_t r = 0; job->first_block > 0 && r < job->rows && r < rows; r++)
+        lanes_store(y[r], lanes_load_n(job->y + (first + r) * job->y_stride + o, n));
+}
+
+static void store_outputs(const codes_job *job, int64_t tile, int64_t square, square_sums y)
+{
+    int64_t o = tile * QLLM_TILE_ROWS, left = job->packed->rows - o, n = left < 16 ? left : 16;
+    int64_t first = job->row + square * job->rows, rows = job->in->m - first;
+    bool last = job->first_block + job->blocks == job->all_blocks;
+    lanes unit = lanes_set1(job->packed->unit_bf16);
+    for (int64_t r = 0; r < job->rows && r < rows; r++) {
+        lanes value = lanes_load(y[r]);
+        if (last)
+            value = lanes_mul(value, unit);
+        if (last && job->bias != NULL)
+            value = lanes_add(value, lanes_load_n(job->bias + o, n));
+        lanes_store_n(job->y + (first + r) * job->y_stride + o, value, n);
+    }
+}
+
+QLLM_INLINE void multiply_tiles(const int tiles, const int groups, const bool nested,
+                                const codes_job *job, int64_t tile)
+{
+    _Alignas(64) square_sums y[PANEL_SQUARES][TILES];
+    tile_stream s[TILES];
+    for (int t = 0; t < tiles; t++)
+        stream_open(&s[t], job->packed, tile + t);
+    for (int64_t square = 0; square < job->squares; square++)
+        for (int t = 0; t < tiles; t++)
+            load_outputs(job, tile + t, square, y[square][t]);
+    add_blocks(tiles, groups, nested, job, s, y);
+    for (int64_t square = 0; square < job->squares; square++)
+        for (int t = 0; t < tiles; t++)
+            store_outputs(job, tile + t, square, y[square][t]);
+}
+
+QLLM_INLINE void multiply_all(const int groups, const bool nested, const codes_job *job,
+                              int64_t begin, int64_t end)
+{
+    int64_t tile = begin;
+    if (job->squares > 1)
+        for (; tile + TILES <= end; tile += TILES)
+            multiply_tiles(TILES, groups, nested, job, tile);
+    for (; tile < end; tile++)
+        multiply_tiles(1, groups, nested, job, tile);
+}
+
+typedef void codes_kernel(const codes_job *job, int64_t begin, int64_t end);
+
+#define KERNEL(name, groups, nested)                                                              \
+    static __attribute__((noinline)) void name(const codes_job *job, int64_t begin, int64_t end)  \
+    {                                                                                             \
+        multiply_all(groups, nested, job, begin, end);                                            \
+    }
+
+KERNEL(codes_of_32, 1, false)
+KERNEL(codes_of_64, 2, false)
+KERNEL(nested_codes_of_32, 1, true)
+KERNEL(nested_codes_of_64, 2, true)
+
+/* Some columns for all tiles, then the next, where x has too many of them: whole units. */
+static int64_t blocks_of_a_pass(const codes_job *job, int64_t block)
+{
+    int64_t fit = PASS_BYTES / (job->in->panel * block * (int64_t)sizeof(uint16_t));
+    int64_t parts = (job->all_blocks + fit - 1) / fit;
+    int64_t most = (job->all_blocks + parts - 1) / parts;
+    int64_t unit = QLLM_UNIT_BLOCKS * (job->packed->blocksize / block);
+    return (most + unit - 1) / unit * unit;
 }
 
 void qllm_linear_4bit_avx512amx(const qllm_packed *packed, const float *bias, const qllm_rows *in,
                                 int64_t begin, int64_t end, float *y, int64_t y_stride)
 {
-    squares_open(in->panel, QLLM_LINE);
-    for (int64_t tile = begin; tile < end; tile++)
-        for (int64_t row = 0; row < in->m; row += in->panel) {
-            int64_t o = tile * QLLM_TILE_ROWS, left = packed->rows - o, n = left < 16 ? left : 16;
-            const uint8_t *x = (const uint8_t *)in->q + row * in->q_stride;
-            float sums[SQUARE_LINES][16];
-            if (qllm_packed_nested(packed))
-                multiply_panel(true, packed, tile, x, in->panel, sums);
-            else
-                multiply_panel(false, packed, tile, x, in->panel, sums);
-            for (int64_t r = 0; r < in->panel && row + r < in->m; r++) {
-                lanes value = lanes_mul(lanes_load(sums[r]), lanes_set1(packed->unit_bf16));
-                if (bias != NULL)
-                    value = lanes_add(value, lanes_load_n(bias + o, n));
-                lanes_store_n(y + (row + r) * y_stride + o, value, n);
-            }
+    int64_t block = qllm_activation_block(packed->blocksize);
+    int64_t squares = (in->panel + SQUARE_LINES - 1) / SQUARE_LINES;
+    bool nested = qllm_packed_nested(packed);
+    codes_kernel *kernel = block == QLLM_GROUP ? (nested ? nested_codes_of_32 : codes_of_32)
+                                               : (nested ? nested_codes_of_64 : codes_of_64);
+    codes_job job = {.packed = packed, .in = in, .bias = bias, .y = y, .y_stride = y_stride,
+                     .squares = squares, .rows = in->panel / squares,
+                     .all_blocks = packed->cols / block};
+    int64_t most = blocks_of_a_pass(&job, block);
+    squares_open_with(2, job.rows, QLLM_LINE);
+    for (job.row = 0; job.row < in->m; job.row += in->panel)
+        for (job.first_block = 0; job.first_block < job.all_blocks; job.first_block += job.blocks) {
+            int64_t left = job.all_blocks - job.first_block;
+            job.blocks = left < most ? left : most;
+            kernel(&job, begin, end);
         }
     squares_close();
 }

@@ -1,17 +1,10 @@
-/* 4-bit weights by integers in the matrix units (AMX); int8 weights are in linear_int8_avx512amx.c.
- * Few rows, and everything else, are those of the set below.
+/* 4-bit weights by int8 rows in the matrix units (AMX), and what else the set has in files of its
+ * own: tier bf16x2 and int8 weights.  Few rows of tier int8, and everything else, are those of the
+ * set below.
  *
- * The sum of a block, d = sum_k c_k * q_k, is exact in int32, so that it may be put together from
- * products of bytes.  Tier int16 has q and c in two halves, v = 256 * high + low with low in
- * 0 .. 255 and, of |q| <= 4095 and |c| <= 8064, high in -16 .. 15 and -32 .. 31:
- *   d = 65536 * sum(high high) + 256 * (sum(high low) + sum(low high)) + sum(low low)
- * The three sums of a block of 64 are at most 2^15, 2^20 and 2^22, and whatever is added up modulo
- * 2^32 is d, which fits (core/activation.h).  Tier int8 has one product of signed bytes.  What
- * follows, a multiply-add for the block's scales, is the same as everywhere.
- *
- * x comes in panels of up to 16 rows (qllm_cpu_ops.panel_activation): of each block a square of
- * high and one of low halves.  Some blocks of a tile of weights are decoded at a time, for all
- * panels. */
+ * The sum of a block is exact in int32, whichever way it is taken.  x comes in panels of up to 16
+ * rows (qllm_cpu_ops.panel_activation), a square of each block.  Some blocks of a tile of weights
+ * are decoded at a time, for all panels. */
 #define LANES_ISA "avx512amx"
 #include "cpu/lanes_avx512.h"
 
@@ -23,47 +16,33 @@
 #include "cpu/tile_stream.h"
 
 enum {
-    STRIP_BLOCKS = 32,        /* blocks that are decoded at a time */
-    PASS_BYTES = 1 << 20,     /* of x stay in the second-level cache while all tiles use them */
+    STRIP_BLOCKS = 32,       /* blocks that are decoded at a time */
+    PASS_BYTES = 1 << 20,    /* of x stay in the second-level cache while all tiles use them */
     PASS_ROWS = 256,
-    LEAST_ROWS_INT16 = 17,    /* fewer are faster by the set below */
-    LEAST_ROWS_INT8 = 12,
-    HIGH_HIGH = 0, MIDDLE = 1, LOW_LOW = 2 /* squares of sums */
+    LEAST_ROWS_INT8 = 12     /* fewer are faster by the set below */
 };
 
 /* Some blocks of one tile of weights. */
 typedef struct strip {
-    _Alignas(64) uint8_t codes[STRIP_BLOCKS][2][SQUARE]; /* line i: columns 4 i to 4 i + 3 */
+    _Alignas(64) uint8_t codes[STRIP_BLOCKS][SQUARE]; /* line i: columns 4 i to 4 i + 3 */
     _Alignas(64) float absmax[STRIP_BLOCKS][QLLM_TILE_ROWS];
 } strip;
 
-typedef struct code_tables { __m512i high, low; } code_tables;
-
 /* The 16 codes in bytes, in every quarter, since vpermb reads six bits of an index. */
-static code_tables tables_of(const bool wide, const qllm_packed *packed)
+static __m512i table_of(const qllm_packed *packed)
 {
-    const int16_t *codes = wide ? packed->codes16 : packed->codes8;
-    __m256i words = _mm256_loadu_si256((const __m256i *)(const void *)codes);
-    __m128i low = _mm256_cvtepi16_epi8(words);
-    __m128i high = _mm256_cvtepi16_epi8(_mm256_srai_epi16(words, 8));
-    return (code_tables){_mm512_broadcast_i32x4(high), _mm512_broadcast_i32x4(low)};
+    __m256i words = _mm256_loadu_si256((const __m256i *)(const void *)packed->codes8);
+    return _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(words));
 }
 
-QLLM_INLINE void decode_block(const bool wide, code_tables tables, const uint8_t *at, int64_t lines,
-                              uint8_t (*codes)[SQUARE])
+QLLM_INLINE void decode_block(__m512i table, const uint8_t *at, int64_t lines, uint8_t *to)
 {
-    for (int64_t line = 0; line < lines; line++) {
-        uint8_t *to = codes[0] + 2 * line * QLLM_LINE;
-        __m512i lower = _mm512_loadu_si512(at + line * QLLM_LINE);
+    for (int64_t line = 0; line < lines; line++, at += QLLM_LINE, to += 2 * QLLM_LINE) {
+        __m512i lower = _mm512_loadu_si512(at);
         __m512i upper = _mm512_srli_epi16(lower, 4);
-        qllm_prefetch_codes(at + line * QLLM_LINE);
-        if (wide) {
-            _mm512_store_si512(to, _mm512_permutexvar_epi8(lower, tables.high));
-            _mm512_store_si512(to + QLLM_LINE, _mm512_permutexvar_epi8(upper, tables.high));
-            to += SQUARE;
-        }
-        _mm512_store_si512(to, _mm512_permutexvar_epi8(lower, tables.low));
-        _mm512_store_si512(to + QLLM_LINE, _mm512_permutexvar_epi8(upper, tables.low));
+        qllm_prefetch_codes(at);
+        _mm512_store_si512(to, _mm512_permutexvar_epi8(lower, table));
+        _mm512_store_si512(to + QLLM_LINE, _mm512_permutexvar_epi8(upper, table));
     }
 }
 
@@ -78,38 +57,32 @@ typedef struct panel_job {
     int64_t first_row, end_row; /* of x: whole panels but for the last */
 } panel_job;
 
-static void decode_strip(const bool wide, const bool nested, const panel_job *job, tile_stream *s,
-                         int64_t first, int64_t blocks, strip *out)
+static void decode_strip(const bool nested, const panel_job *job, tile_stream *s, int64_t first,
+                         int64_t blocks, strip *out)
 {
-    code_tables tables = tables_of(wide, job->packed);
+    __m512i table = table_of(job->packed);
     int64_t unit_groups = QLLM_UNIT_BLOCKS * s->block_groups, groups = job->block / QLLM_GROUP;
     for (int64_t b = 0; b < blocks; b++) {
         int64_t g = (first + b) * groups;
         if (nested && (b == 0 || g % unit_groups == 0))
             stream_read_unit(s, g / unit_groups);
-        decode_block(wide, tables, group_at(QLLM_LAYOUT_BLOCKS, nested, s, g),
-                     job->block / QLLM_STEP, out->codes[b]);
+        decode_block(table, group_at(QLLM_LAYOUT_BLOCKS, nested, s, g), job->block / QLLM_STEP,
+                     out->codes[b]);
         lanes_store(out->absmax[b], scale_at(QLLM_LAYOUT_BLOCKS, nested, s, g));
     }
 }
 
-/* The sums of a block of one panel as they leave the squares. */
-typedef struct square_sums { _Alignas(64) int32_t of[3][SQUARE_LINES][16]; } square_sums;
+/* The sums of a block of one panel as they leave their square. */
+typedef struct square_sums { _Alignas(64) int32_t of[SQUARE_LINES][16]; } square_sums;
 
 /* y[m] += the scaled sums of rows [from, to). */
-QLLM_INLINE void add_sums(const bool wide, const int from, const int to, const square_sums *sums,
-                          const float *scale, lanes absmax, lanes *y)
+QLLM_INLINE void add_sums(const int from, const int to, const square_sums *sums, const float *scale,
+                          lanes absmax, lanes *y)
 {
     LANES_UNROLL
-    for (int m = from; m < to; m++) {
-        ilanes d = ilanes_load(sums->of[LOW_LOW][m]);
-        if (wide) {
-            ilanes upper = _mm512_slli_epi32(ilanes_load(sums->of[HIGH_HIGH][m]), 8);
-            upper = ilanes_add(upper, ilanes_load(sums->of[MIDDLE][m]));
-            d = ilanes_add(_mm512_slli_epi32(upper, 8), d);
-        }
-        y[m] = lanes_fma(lanes_mul(absmax, lanes_set1(scale[m])), lanes_from_int(d), y[m]);
-    }
+    for (int m = from; m < to; m++)
+        y[m] = lanes_fma(lanes_mul(absmax, lanes_set1(scale[m])),
+                         lanes_from_int(ilanes_load(sums->of[m])), y[m]);
 }
 
 /* Where a panel and a strip are being read. */
@@ -121,60 +94,29 @@ typedef struct panel_place {
 
 /* One turn: starts the products of block i, stores the sums of block i - 1 and adds those of block
  * i - 2, since a store waits for its products and a load waits for a store that it meets. */
-QLLM_INLINE void take_turn(const bool wide, const int rows, const bool start, const bool keep,
-                           const bool add, int64_t block, panel_place *at, lanes *y)
+QLLM_INLINE void take_turn(const int rows, const bool start, const bool keep, const bool add,
+                           int64_t block, panel_place *at, lanes *y)
 {
-    const int q = rows / 4;
+    const int half = rows / 2;
     lanes absmax = add ? lanes_load(at->absmax) : lanes_zero();
     if (add)
-        add_sums(wide, 0, q, at->ready, at->scale, absmax, y);
-    if (wide) {
-        if (start) {
-            SQUARE_LOAD(4, at->codes, QLLM_LINE);
-            SQUARE_LOAD(6, at->x, block);
-        }
-        if (keep)
-            SQUARE_STORE(0, at->kept->of[HIGH_HIGH]);
-        if (start) {
-            SQUARE_ZERO(0);
-            SQUARE_DOT(ss, 0, 6, 4);
-        }
-        if (add)
-            add_sums(wide, q, 2 * q, at->ready, at->scale, absmax, y);
-        if (start)
-            SQUARE_LOAD(5, at->codes + SQUARE, QLLM_LINE);
-        if (keep)
-            SQUARE_STORE(1, at->kept->of[MIDDLE]);
-        if (start) {
-            SQUARE_ZERO(1);
-            SQUARE_DOT(su, 1, 6, 5);
-            SQUARE_LOAD(7, at->x + rows * block, block);
-        }
-    } else {
-        if (add)
-            add_sums(wide, q, 2 * q, at->ready, at->scale, absmax, y);
-        if (start) {
-            SQUARE_LOAD(4, at->codes, QLLM_LINE);
-            SQUARE_LOAD(7, at->x, block);
-        }
+        add_sums(0, half, at->ready, at->scale, absmax, y);
+    if (start) {
+        SQUARE_LOAD(4, at->codes, QLLM_LINE);
+        SQUARE_LOAD(6, at->x, block);
     }
     if (add)
-        add_sums(wide, 2 * q, 3 * q, at->ready, at->scale, absmax, y);
+        add_sums(half, half + rows / 4, at->ready, at->scale, absmax, y);
     if (keep)
-        SQUARE_STORE(2, at->kept->of[LOW_LOW]);
+        SQUARE_STORE(0, at->kept);
     if (start) {
-        SQUARE_ZERO(2);
-        if (wide) {
-            SQUARE_DOT(uu, 2, 7, 5);
-            SQUARE_DOT(us, 1, 7, 4);
-        } else {
-            SQUARE_DOT(ss, 2, 7, 4);
-        }
-        at->x += (wide ? 2 : 1) * rows * block;
-        at->codes += 2 * SQUARE;
+        SQUARE_ZERO(0);
+        SQUARE_DOT(ss, 0, 6, 4);
+        at->x += rows * block;
+        at->codes += SQUARE;
     }
     if (add) {
-        add_sums(wide, 3 * q, rows, at->ready, at->scale, absmax, y);
+        add_sums(half + rows / 4, rows, at->ready, at->scale, absmax, y);
         at->scale += rows;
         at->absmax += QLLM_TILE_ROWS;
     }
@@ -184,26 +126,26 @@ QLLM_INLINE void take_turn(const bool wide, const int rows, const bool start, co
 }
 
 /* y[m] += `blocks` blocks of a panel. */
-QLLM_INLINE void add_blocks(const bool wide, const int rows, int64_t blocks, int64_t block,
+QLLM_INLINE void add_blocks(const int rows, int64_t blocks, int64_t block,
                             panel_place at, lanes *y)
 {
     square_sums sums[2];
     at.kept = &sums[0];
     at.ready = &sums[1];
-    take_turn(wide, rows, true, false, false, block, &at, y);
+    take_turn(rows, true, false, false, block, &at, y);
     if (blocks > 1) {
-        take_turn(wide, rows, true, true, false, block, &at, y);
+        take_turn(rows, true, true, false, block, &at, y);
         for (int64_t i = 2; i < blocks; i++)
-            take_turn(wide, rows, true, true, true, block, &at, y);
-        take_turn(wide, rows, false, true, true, block, &at, y);
+            take_turn(rows, true, true, true, block, &at, y);
+        take_turn(rows, false, true, true, block, &at, y);
     } else {
-        take_turn(wide, rows, false, true, false, block, &at, y);
+        take_turn(rows, false, true, false, block, &at, y);
     }
-    take_turn(wide, rows, false, false, true, block, &at, y);
+    take_turn(rows, false, false, true, block, &at, y);
 }
 
 /* The panel from row `row` on, `blocks` blocks of a strip from block `first` on. */
-QLLM_INLINE void multiply_panel(const bool wide, const int rows, const panel_job *job, int64_t row,
+QLLM_INLINE void multiply_panel(const int rows, const panel_job *job, int64_t row,
                                 int64_t tile, int64_t first, int64_t blocks, const strip *w)
 {
     lanes y[SQUARE_LINES];
@@ -211,9 +153,9 @@ QLLM_INLINE void multiply_panel(const bool wide, const int rows, const panel_job
     int64_t n = left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS, valid = job->in->m - row;
     panel_place at = {
         .x = (const uint8_t *)job->in->q + row * job->in->q_stride +
-             first * rows * job->block * (wide ? 2 : 1),
+             first * rows * job->block,
         .scale = job->in->scale + row * job->blocks + first * rows,
-        .codes = w->codes[0][0], .absmax = w->absmax[0],
+        .codes = w->codes[0], .absmax = w->absmax[0],
     };
     float *out = job->y + row * stride + o;
     LANES_UNROLL
@@ -221,9 +163,9 @@ QLLM_INLINE void multiply_panel(const bool wide, const int rows, const panel_job
         y[m] = first > 0 && m < valid ? lanes_load_n(out + m * stride, n) : lanes_zero();
     for (int m = rows; first > 0 && m < 2 * rows && m < valid; m++)
         __builtin_prefetch(out + m * stride, 1, 2);
-    add_blocks(wide, rows, blocks, job->block, at, y);
+    add_blocks(rows, blocks, job->block, at, y);
     bool last = first + blocks == job->blocks;
-    lanes unit = lanes_set1(wide ? job->packed->unit16 : job->packed->unit8);
+    lanes unit = lanes_set1(job->packed->unit8);
     LANES_UNROLL
     for (int m = 0; m < rows; m++) {
         if (last)
@@ -235,38 +177,34 @@ QLLM_INLINE void multiply_panel(const bool wide, const int rows, const panel_job
     }
 }
 
-#define PANELS_INSTANCE(name, wide, rows)                                                         \
-    static __attribute__((noinline)) void name(const panel_job *job, int64_t tile, int64_t first, \
-                                               int64_t blocks, const strip *w)                    \
+#define PANELS_INSTANCE(rows)                                                                     \
+    static __attribute__((noinline)) void panels_of_##rows(                                       \
+        const panel_job *job, int64_t tile, int64_t first, int64_t blocks, const strip *w)        \
     {                                                                                             \
         for (int64_t row = job->first_row; row < job->end_row; row += (rows))                     \
-            multiply_panel(wide, rows, job, row, tile, first, blocks, w);                         \
+            multiply_panel(rows, job, row, tile, first, blocks, w);                               \
     }
 
-PANELS_INSTANCE(panels_int16_of_12, true, 12)
-PANELS_INSTANCE(panels_int16_of_16, true, 16)
-PANELS_INSTANCE(panels_int8_of_8, false, 8)
-PANELS_INSTANCE(panels_int8_of_12, false, 12)
-PANELS_INSTANCE(panels_int8_of_16, false, 16)
+PANELS_INSTANCE(8)
+PANELS_INSTANCE(12)
+PANELS_INSTANCE(16)
 
 typedef void panels_kernel(const panel_job *job, int64_t tile, int64_t first, int64_t blocks,
                            const strip *w);
 
 /* For panels of that many rows, which qllm_panel_rows_avx512amx has chosen. */
-static panels_kernel *panels_of(bool wide, int64_t rows)
+static panels_kernel *panels_of(int64_t rows)
 {
-    if (wide)
-        return rows == 16 ? panels_int16_of_16 : panels_int16_of_12;
-    return rows == 16 ? panels_int8_of_16 : rows == 12 ? panels_int8_of_12 : panels_int8_of_8;
+    return rows == 16 ? panels_of_16 : rows == 12 ? panels_of_12 : panels_of_8;
 }
 
 /* All panels of the job by tiles [begin, end): some columns for all tiles, then the next. */
-QLLM_INLINE void linear_panels(const bool wide, const bool nested, const panel_job *job,
+QLLM_INLINE void linear_panels(const bool nested, const panel_job *job,
                                int64_t begin, int64_t end)
 {
-    panels_kernel *panels = panels_of(wide, job->in->panel);
+    panels_kernel *panels = panels_of(job->in->panel);
     int64_t rows = job->end_row - job->first_row;
-    int64_t most = PASS_BYTES / (rows * job->block * (wide ? 2 : 1)) / STRIP_BLOCKS * STRIP_BLOCKS;
+    int64_t most = PASS_BYTES / (rows * job->block) / STRIP_BLOCKS * STRIP_BLOCKS;
     most = most > STRIP_BLOCKS ? most : STRIP_BLOCKS;
     for (int64_t first = 0, last; first < job->blocks; first = last) {
         last = first + most < job->blocks ? first + most : job->blocks;
@@ -276,7 +214,7 @@ QLLM_INLINE void linear_panels(const bool wide, const bool nested, const panel_j
             for (int64_t b = first; b < last; b += STRIP_BLOCKS) {
                 strip w;
                 int64_t blocks = last - b < STRIP_BLOCKS ? last - b : STRIP_BLOCKS;
-                decode_strip(wide, nested, job, &s, b, blocks, &w);
+                decode_strip(nested, job, &s, b, blocks, &w);
                 panels(job, tile, b, blocks, &w);
             }
         }
@@ -286,7 +224,6 @@ QLLM_INLINE void linear_panels(const bool wide, const bool nested, const panel_j
 static void linear_codes(const qllm_packed *packed, const float *bias, const qllm_rows *in,
                          int64_t begin, int64_t end, float *y, int64_t y_stride)
 {
-    bool wide = in->tier == QLLM_TIER_INT16, nested = qllm_packed_nested(packed);
     int64_t block = qllm_activation_block(packed->blocksize), step = PASS_ROWS / in->panel;
     panel_job job = {.packed = packed, .in = in, .bias = bias, .y = y, .y_stride = y_stride,
                      .block = block, .blocks = packed->cols / block};
@@ -294,26 +231,27 @@ static void linear_codes(const qllm_packed *packed, const float *bias, const qll
     for (int64_t row = 0; row < in->m; row = job.end_row) {
         job.first_row = row;
         job.end_row = in->m - row < step * in->panel ? in->m : row + step * in->panel;
-        if (wide && nested)
-            linear_panels(true, true, &job, begin, end);
-        else if (wide)
-            linear_panels(true, false, &job, begin, end);
-        else if (nested)
-            linear_panels(false, true, &job, begin, end);
+        if (qllm_packed_nested(packed))
+            linear_panels(true, &job, begin, end);
         else
-            linear_panels(false, false, &job, begin, end);
+            linear_panels(false, &job, begin, end);
     }
     squares_close();
 }
 
-int64_t qllm_panel_rows_avx512amx(qllm_tier tier, int64_t m)
+/* Panels of squares with as many rows each.  4-bit weights in tier bf16x2 take several squares, of
+ * which those of the same columns stand together. */
+int64_t qllm_panel_rows_avx512amx(qllm_tier tier, int64_t distance, int64_t m)
 {
-    int64_t panels = (m + SQUARE_LINES - 1) / SQUARE_LINES;
-    if (tier == QLLM_TIER_EXACT || tier == QLLM_TIER_BF16X2)
-        return (m + panels - 1) / panels;
-    if (m < (tier == QLLM_TIER_INT16 ? LEAST_ROWS_INT16 : LEAST_ROWS_INT8))
+    int64_t squares = (m + SQUARE_LINES - 1) / SQUARE_LINES;
+    if (tier == QLLM_TIER_EXACT || tier == QLLM_TIER_BF16X2) {
+        int64_t most = distance == qllm_pair_distance(true) ? PANEL_SQUARES : 1;
+        int64_t panels = (squares + most - 1) / most, each = (squares + panels - 1) / panels;
+        return (m + panels * each - 1) / (panels * each) * each;
+    }
+    if (tier != QLLM_TIER_INT8 || m < LEAST_ROWS_INT8)
         return 0;
-    return ((m + panels - 1) / panels + 3) / 4 * 4;
+    return ((m + squares - 1) / squares + 3) / 4 * 4;
 }
 
 /* The instruction by name: its intrinsic needs a flag of its own. */
@@ -358,24 +296,16 @@ const char *qllm_linear_name_avx512amx(const qllm_packed *weight, qllm_tier tier
         [QLLM_FORMAT_NF4_DQ] = "nf4-dq " LANES_ISA ", bf16x2 activations",
         [QLLM_FORMAT_FP4_DQ] = "fp4-dq " LANES_ISA ", bf16x2 activations",
     };
-    static const char *const panels[2][QLLM_FORMAT_COUNT] = {
-        {
-            [QLLM_FORMAT_NF4] = "nf4 " LANES_ISA ", int8 activations, panels of rows",
-            [QLLM_FORMAT_FP4] = "fp4 " LANES_ISA ", int8 activations, panels of rows",
-            [QLLM_FORMAT_NF4_DQ] = "nf4-dq " LANES_ISA ", int8 activations, panels of rows",
-            [QLLM_FORMAT_FP4_DQ] = "fp4-dq " LANES_ISA ", int8 activations, panels of rows",
-        },
-        {
-            [QLLM_FORMAT_NF4] = "nf4 " LANES_ISA ", int16 activations, panels of rows",
-            [QLLM_FORMAT_FP4] = "fp4 " LANES_ISA ", int16 activations, panels of rows",
-            [QLLM_FORMAT_NF4_DQ] = "nf4-dq " LANES_ISA ", int16 activations, panels of rows",
-            [QLLM_FORMAT_FP4_DQ] = "fp4-dq " LANES_ISA ", int16 activations, panels of rows",
-        },
+    static const char *const panels[QLLM_FORMAT_COUNT] = {
+        [QLLM_FORMAT_NF4] = "nf4 " LANES_ISA ", int8 activations, panels of rows",
+        [QLLM_FORMAT_FP4] = "fp4 " LANES_ISA ", int8 activations, panels of rows",
+        [QLLM_FORMAT_NF4_DQ] = "nf4-dq " LANES_ISA ", int8 activations, panels of rows",
+        [QLLM_FORMAT_FP4_DQ] = "fp4-dq " LANES_ISA ", int8 activations, panels of rows",
     };
     if (tier == QLLM_TIER_BF16X2)
         return pairs[weight->format];
-    if (tier != QLLM_TIER_EXACT && qllm_panel_rows_avx512amx(tier, m) > 0)
-        return panels[tier == QLLM_TIER_INT16][weight->format];
+    if (tier == QLLM_TIER_INT8 && qllm_panel_rows_avx512amx(tier, 0, m) > 0)
+        return panels[weight->format];
     if (weight->layout == QLLM_LAYOUT_INT8)
         return "int8 " LANES_ISA ", panels of rows";
     return linear_any_name(weight, tier, m);

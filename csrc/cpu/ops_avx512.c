@@ -4,29 +4,11 @@
 #include "cpu/kernels.h"
 #include "cpu/ops_body.h"
 
-/* Tier int16: the high and the low bytes of a block, each in the order of lanes_store_quads. */
-static void round_halves(const float *x, int64_t block, int8_t *high, int8_t *low, float *scale)
+static void panel_activation(const float *x, int64_t cols, int64_t block, int64_t rows, int8_t *q,
+                             float *scale)
 {
-    float factor = block_factor(true, x, block, scale);
-    for (int64_t i = 0; i < block; i += 16) {
-        lanes scaled = factor != 0.0f ? lanes_mul(lanes_load(x + i), lanes_set1(factor))
-                                      : lanes_zero();
-        lanes_store_halves(high + i, low + i, scaled);
-    }
-}
-
-static void panel_activation(qllm_tier tier, const float *x, int64_t cols, int64_t block,
-                             int64_t rows, int8_t *q, float *scale)
-{
-    int64_t square = rows * block;
-    for (int64_t first = 0; first < cols; first += block, scale += rows)
-        if (tier == QLLM_TIER_INT16) {
-            round_halves(x + first, block, q, q + square, scale);
-            q += 2 * square;
-        } else {
-            round_block(false, x + first, block, q, scale);
-            q += square;
-        }
+    for (int64_t first = 0; first < cols; first += block, q += rows * block, scale += rows)
+        round_block(false, x + first, block, q, scale);
 }
 
 /* The sets beyond AVX-512 differ in their linear layers alone. */

@@ -11,7 +11,13 @@
 
 #include "cpu/inline.h"
 
-enum { SQUARE = 1024 /* bytes */, SQUARE_LINES = 16, SQUARES = 8 };
+enum {
+    SQUARE = 1024, /* bytes */
+    SQUARE_LINES = 16,
+    SQUARES = 8,
+    PANEL_SQUARES = 8 /* at most in a panel of x for 4-bit weights in tier bf16x2, so that their
+                         outputs for two tiles stay in the first-level cache */
+};
 
 #define SQUARE_ZERO(square) __asm__ volatile("tilezero %%tmm" #square ::: "memory")
 #define SQUARE_LOAD(square, from, stride)                                                         \
@@ -37,16 +43,22 @@ typedef struct square_shapes {
     uint8_t lines[16];
 } square_shapes;
 
-/* Squares 0 to 3 hold sums, 4 and 5 weights, 6 and 7 x: `rows` rows of x, `bytes` of each.  Until
- * squares_close, the system saves 8 KiB more when it switches threads. */
-QLLM_INLINE void squares_open(int64_t rows, int64_t bytes)
+/* Squares 0 to sums - 1 hold sums, those up to 5 weights, 6 and 7 x: `rows` rows of x, `bytes` of
+ * each.  Until squares_close, the system saves 8 KiB more when it switches threads. */
+QLLM_INLINE void squares_open_with(int sums, int64_t rows, int64_t bytes)
 {
     square_shapes shapes = {.palette = 1};
     for (int i = 0; i < SQUARES; i++) {
         shapes.line_bytes[i] = i > 5 ? (uint16_t)bytes : 64;
-        shapes.lines[i] = (uint8_t)(i == 4 || i == 5 ? bytes / 4 : rows);
+        shapes.lines[i] = (uint8_t)(i < sums || i > 5 ? rows : bytes / 4);
     }
     __asm__ volatile("ldtilecfg %0" :: "m"(shapes) : "memory");
+}
+
+/* Four of sums, two of weights. */
+QLLM_INLINE void squares_open(int64_t rows, int64_t bytes)
+{
+    squares_open_with(4, rows, bytes);
 }
 
 QLLM_INLINE void squares_close(void)
