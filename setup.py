@@ -54,9 +54,13 @@ COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-m
 # What a device library (kernels/) holds of csrc/: formats and configurations mean the same there.
 DEVICE_C = ["csrc/core/*.c", "csrc/decoder/checks.c", "csrc/decoder/config.c",
             "csrc/decoder/positions.c", "csrc/decoder/slots.c"]
+# Of the host's code it is the size that counts; none of it throws, and the linker leaves out what
+# nothing calls.
+HOST_FLAGS = ["-fPIC", "-Os", "-fvisibility=hidden", "-fno-asynchronous-unwind-tables",
+              "-ffunction-sections", "-fdata-sections"]
 # -fmad=false: as -ffp-contract=off above. Registers that do not suffice are a warning.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas=--warn-on-spills", "-Ikernels", "-Icsrc",
-              "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-fmad=false", "-Xptxas=--warn-on-spills", "-Ikernels", "-Icsrc",
+              "-Xcompiler=" + ",".join([*HOST_FLAGS, "-fno-exceptions", "-Wall", "-Wextra"])]
 # Machine code for these, which later ones of the same first digits run too (8.6 and 8.9 that of
 # 8.0); newer ones translate the PTX of the last when they first run it.
 CUDA_ARCHES = ["80", "90", "100", "120"]
@@ -110,18 +114,17 @@ def find_nvcc() -> list[str]:
 
 
 def gpu_code_flags(nvcc: list[str]) -> list[str]:
-    """For the asked-for architectures, or those of CUDA_ARCHES that this nvcc knows."""
+    """For the asked-for architectures, or those of CUDA_ARCHES that this nvcc knows; PTX last."""
     arches = os.environ.get("QLLM_CUDA_ARCHES", "").replace(",", " ").split()
     if not arches:
         known = run([*nvcc, "--list-gpu-code"]).split()
         arches = [arch for arch in CUDA_ARCHES if f"sm_{arch}" in known]
     if not arches:
         raise CompileError(f"{nvcc[0]} builds for none of the architectures {CUDA_ARCHES}")
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
-    flags.append(f"-gencode=arch=compute_{arches[-1]},code=compute_{arches[-1]}")
-    if "--compress-mode" in run([*nvcc, "--help"]):
-        flags.append("--compress-mode=size")  # a sixth of the bytes
-    return flags
+    small = "--compress-mode" in run([*nvcc, "--help"])  # a sixth of the bytes
+    return [*(["--compress-mode=size"] if small else []),
+            *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches),
+            f"-gencode=arch=compute_{arches[-1]},code=compute_{arches[-1]}"]
 
 
 def build_cuda(target: Path, temporary: Path, cc: list[str]) -> None:
@@ -130,11 +133,6 @@ def build_cuda(target: Path, temporary: Path, cc: list[str]) -> None:
     nvcc = find_nvcc()
     code = gpu_code_flags(nvcc)
     werror = is_set("QLLM_WERROR")
-    commands = {
-        ".c": [*cc, *COMMON, "-fPIC", "-Icsrc", *(["-Werror"] if werror else [])],
-        ".cu": [*nvcc, "--threads=0", *NVCC_FLAGS, *code,
-                *(["-Werror=all-warnings", "-Xcompiler=-Werror"] if werror else [])],
-    }
     kernels = [path for path in HERE.glob("kernels/*.cu")
                if is_set("QLLM_TEST_HOOKS") or not path.name.startswith("test_hooks")]
     kernels.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest first
@@ -144,19 +142,28 @@ def build_cuda(target: Path, temporary: Path, cc: list[str]) -> None:
     folder = temporary.absolute() / "-".join(["cuda", *arches])
     folder.mkdir(parents=True, exist_ok=True)
 
+    def command_for(path: Path) -> list[str]:
+        if path.suffix == ".c":
+            return [*cc, *COMMON, *HOST_FLAGS, "-Icsrc", *(["-Werror"] if werror else [])]
+        has_kernels = "GPU_KERNEL" in path.read_text(encoding="utf-8")
+        return [*nvcc, "--threads=0", *NVCC_FLAGS, *(code if has_kernels else code[-1:]),
+                *(["-Werror=all-warnings", "-Xcompiler=-Werror"] if werror else [])]
+
     def compile_one(path: Path) -> str:
         obj = folder / f"{path.name}.o"
         if newer_group([path, *headers], obj):
             partial = obj.with_suffix(".partial.o")
-            run([*commands[path.suffix], "-c", str(path), "-o", str(partial)])
+            run([*command_for(path), "-c", str(path), "-o", str(partial)])
             partial.replace(obj)
         return str(obj)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([*nvcc, "-shared", "--cudart=static", *code, "-Xlinker=-s,-z,defs,--exclude-libs,ALL",
+    run([*nvcc, "-shared", "--cudart=static", *code,
+         "-Xlinker=-s,-z,defs,--exclude-libs,ALL,--gc-sections",
          *objects, "-o", str(target.absolute())])
+
 
 
 class BuildExt(build_ext):

@@ -18,7 +18,7 @@ constexpr int64_t ALIGNMENT = 256;
 /* How work is numbered: tiles of `rows` consecutive rows and `queries` queries. */
 typedef struct work_shape {
     int rows, queries;
-    int group;   /* query heads of a key-value head */
+    gpu_divisor group; /* query heads of a key-value head */
     int groups;  /* of rows */
     int tiles;   /* of one group of rows and one key-value head */
     int splits;
@@ -77,7 +77,7 @@ GPU_DEVICE inline attention_tile tile_of(const gpu_attention &a, const work_shap
     t.kv_head = kv_head;
     t.group = w.group;
     t.first = index * w.queries;
-    int queries = t.rows * w.group - t.first;
+    int queries = t.rows * w.group.by - t.first;
     t.queries = queries < w.queries ? queries : w.queries;
     return t;
 }
@@ -485,7 +485,7 @@ work_shape shape_of(const gpu_attention *a, int queries, int rows)
 {
     work_shape w;
     int group = a->heads / a->kv_heads, most = queries / group;
-    w.group = group;
+    w.group = gpu_divisor_of(group);
     w.rows = rows < most ? rows : most;
     w.rows = w.rows < 1 ? 1 : w.rows;
     w.queries = queries;

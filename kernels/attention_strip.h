@@ -34,7 +34,8 @@ GPU_DEVICE inline attention_span attention_span_of(const gpu_attention &a, int r
 /* Up to 16 queries that go together: the query heads of one key-value head, for consecutive rows,
  * numbered row by row; of those the ones from `first` on.  group: query heads of a key-value head. */
 typedef struct attention_tile {
-    int row, rows, kv_head, group, first, queries;
+    int row, rows, kv_head, first, queries;
+    gpu_divisor group;
 } attention_tile;
 
 typedef struct attention_query {
@@ -44,9 +45,9 @@ typedef struct attention_query {
 GPU_DEVICE inline attention_query attention_query_of(const attention_tile &tile, int query)
 {
     int index = tile.first + query;
-    int place = (int)((unsigned)index / (unsigned)tile.group);
+    int place = gpu_quotient(index, tile.group);
     attention_query q = {place, tile.row + place,
-                         tile.kv_head * tile.group + index - place * tile.group};
+                         (tile.kv_head - place) * tile.group.by + index};
     return q;
 }
 
@@ -70,7 +71,7 @@ GPU_DEVICE inline float4 attention_load_query(const gpu_attention &a, const atte
         return none;
     attention_query at = attention_query_of(tile, query);
     const float *q = a.q + at.row * a.q_stride + tile.kv_head * a.q_group +
-                     (int64_t)(at.head - tile.kv_head * tile.group) * a.head_dim + d;
+                     (int64_t)(at.head - tile.kv_head * tile.group.by) * a.head_dim + d;
     float4 v = *(const float4 *)(const void *)q;
     v.x *= a.scale, v.y *= a.scale, v.z *= a.scale, v.w *= a.scale;
     return v;

@@ -34,7 +34,7 @@ struct gpu_smaller {
 
 /* The largest or smallest value of all threads: T of 4 or 8 bytes, without NaN. */
 template <typename T, typename Choice>
-GPU_DEVICE inline T gpu_block_choose(gpu_block_room *room, T value, Choice choice)
+GPU_DEVICE GPU_NO_INLINE T gpu_block_choose(gpu_block_room *room, T value, Choice choice)
 {
     T *slots = (T *)(void *)room->slots;
     for (int distance = GPU_WARP / 2; distance > 0; distance /= 2)
@@ -50,8 +50,8 @@ GPU_DEVICE inline T gpu_block_choose(gpu_block_room *room, T value, Choice choic
 }
 
 /* The sum of the values of the threads before this one, and of all in *total. */
-GPU_DEVICE inline uint64_t gpu_block_sum_before(gpu_block_room *room, uint64_t value,
-                                                uint64_t *total)
+static GPU_DEVICE GPU_NO_INLINE uint64_t gpu_block_sum_before(gpu_block_room *room,
+                                                              uint64_t value, uint64_t *total)
 {
     uint64_t sum = value, before = 0, all = 0;
     for (int distance = 1; distance < GPU_WARP; distance *= 2) {

@@ -61,7 +61,7 @@ GPU_DEVICE inline float float_value(const uint8_t *data, int64_t i)
     if constexpr (KIND == KIND_F32)
         return gpu_load(reinterpret_cast<const float *>(data) + i);
     uint16_t half = gpu_load(reinterpret_cast<const uint16_t *>(data) + i);
-    return KIND == KIND_F16 ? qllm_f16_to_float(half) : qllm_bf16_to_float(half);
+    return KIND == KIND_F16 ? gpu_half_to_float(half) : qllm_bf16_to_float(half);
 }
 
 /* Elements first .. first + count - 1 of a float format. */
@@ -81,7 +81,7 @@ GPU_DEVICE inline void read_floats(const uint8_t *data, int64_t first, int count
                     w[k + j] = qllm_float_from_bits(words[j]);
                 } else {
                     uint16_t half = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
-                    w[k + j] = KIND == KIND_F16 ? qllm_f16_to_float(half)
+                    w[k + j] = KIND == KIND_F16 ? gpu_half_to_float(half)
                                                 : qllm_bf16_to_float(half);
                 }
             }
@@ -133,6 +133,7 @@ template <int INPUTS>
 GPU_DEVICE inline void load_tile(tile<INPUTS> *shared, const gpu_exact_rows &in, int64_t cols,
                                  int64_t first)
 {
+    GPU_NO_UNROLL
     for (int i = 0; i < INPUTS; i++) {
         int row = static_cast<int>(blockIdx.y) * INPUTS + i;
         const float *x = in.x + row * in.stride + first;
@@ -442,8 +443,10 @@ qllm_gpu_error launch(const gpu_weight *weight, const gpu_exact_rows *x, float *
     int shift = 0;
     while (int64_t{1} << shift < weight->blocksize)
         shift++;
-    return x->rows == 1 ? launch<KIND, 1>(weight, shift, x, y, y_stride, stream)
-                        : launch<KIND, 4>(weight, shift, x, y, y_stride, stream);
+    if constexpr (KIND != KIND_4BIT) /* which is rare */
+        if (x->rows == 1)
+            return launch<KIND, 1>(weight, shift, x, y, y_stride, stream);
+    return launch<KIND, 4>(weight, shift, x, y, y_stride, stream);
 }
 
 template <int INPUTS>

@@ -89,6 +89,7 @@ GPU_DEVICE inline float chain(const float *a, const float *b, int64_t stride, in
         for (int j = 0; j < IN_FLIGHT; j++)
             sum = gpu_fma(a[i + j], loaded[j], sum);
     }
+    GPU_NO_UNROLL
     for (; i < n; i++)
         sum = gpu_fma(a[i], gpu_load(b + i * stride), sum);
     return sum;

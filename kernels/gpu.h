@@ -6,6 +6,7 @@
  *   GPU_DEVICE, GPU_BOTH              a function for the device, or for both sides
  *   GPU_CONSTANT                      a table in constant memory: GPU_CONSTANT float t[2] = {1, 2};
  *   GPU_UNROLL, GPU_NO_UNROLL         before a loop
+ *   GPU_NO_INLINE                     a device function that a kernel has once, for all its calls
  *   GPU_SHARED(type, name);           type *name = the block's dynamic shared memory, aligned to
  *                                     128 bytes; once per kernel
  *   threadIdx.x, blockIdx, blockDim.x, gridDim    blocks have one dimension, of whole warps
@@ -53,6 +54,7 @@ constexpr unsigned GPU_FULL_WARP = 0xffffffffu;
 #define GPU_CONSTANT static __constant__ const
 #define GPU_UNROLL _Pragma("unroll")
 #define GPU_NO_UNROLL _Pragma("unroll 1")
+#define GPU_NO_INLINE __noinline__
 #define GPU_SHARED(type, name)                                          \
     extern __shared__ __align__(128) unsigned char gpu_shared_memory[]; \
     type *name = reinterpret_cast<type *>(gpu_shared_memory)
@@ -310,6 +312,23 @@ __device__ inline int gpu_popcount(unsigned bits)
 #endif
 
 /* ---------------------------------------------------------------------------- on both sides */
+
+/* A division by a number that the host knows, in two instructions: of n >= 0 with n * by < 2^31. */
+typedef struct gpu_divisor {
+    int by;
+    uint32_t factor; /* 2^31 / by, rounded up */
+} gpu_divisor;
+
+inline gpu_divisor gpu_divisor_of(int by)
+{
+    gpu_divisor d = {by, static_cast<uint32_t>(((int64_t{1} << 31) + by - 1) / by)};
+    return d;
+}
+
+GPU_BOTH inline int gpu_quotient(int n, const gpu_divisor &d)
+{
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.factor >> 31);
+}
 
 GPU_BOTH inline float gpu_fma(float a, float b, float c)
 {

@@ -79,11 +79,6 @@ bool has_heads(gpu_after after)
     return after == GPU_AFTER_HEADS || after == GPU_AFTER_HEADS_ACT;
 }
 
-int head_units_of(const gpu_heads *h)
-{
-    return (h->heads + 2 * h->kv_heads) * ((h->head_dim / GPU_TILE_ROWS + 1) / 2);
-}
-
 int units_of(const linear_args *a)
 {
     int units = a->head_units;
@@ -122,7 +117,10 @@ linear_args args_of(const gpu_weight *const *weights, int n, const gpu_linear_in
     a.input = *input;
     a.output = *output;
     if (has_heads(output->after)) {
-        a.head_units = head_units_of(&output->heads);
+        const gpu_heads *h = &output->heads;
+        a.head_pairs = gpu_divisor_of((h->head_dim / GPU_TILE_ROWS + 1) / 2);
+        a.head_group = gpu_divisor_of(h->heads / h->kv_heads + 2);
+        a.head_units = (h->heads + 2 * h->kv_heads) * a.head_pairs.by;
         a.head_weights = output->after == GPU_AFTER_HEADS ? n : n - 1;
     }
     a.units = units_of(&a);

@@ -44,7 +44,8 @@ GPU_DEVICE inline float linear_add_outliers(const linear_args &a, char *panel,
             for (uint32_t bits = masks[first]; bits != 0; bits &= bits - 1) {
                 int k = first * 32 + linear_lowest_bit(bits);
                 float code = (float)data[gpu_tile_offset(GPU_TILE_INT8, a.across, row, k)];
-                float value = linear_value(a.input, x, k, found.mean, found.inverse);
+                float value;
+                linear_values<1>(a, x, k, found, &value);
                 y = gpu_fma(value, code * scale, y);
             }
         }

@@ -54,6 +54,8 @@ typedef struct linear_args {
     int blocks, shift;     /* 4-bit: blocks in a row, log2(blocksize / 64) */
     int units, paired;     /* a unit is a row of tiles, or a pair of them (linear_unit) */
     int head_units, head_weights; /* HEADS and HEADS_ACT: units and weights of heads; else 0 */
+    gpu_divisor head_pairs; /* units of a head */
+    gpu_divisor head_group; /* heads of a key-value head: queries, its key, its value */
     int units_each, units_more; /* of a block of skinny.cu; one more for the first of them */
     int first, rows;       /* rows of x of this launch */
     linear_panel panel;
@@ -100,15 +102,15 @@ typedef struct linear_unit {
 GPU_DEVICE inline linear_unit linear_head_unit(const linear_args &a, int index)
 {
     const gpu_heads &h = a.output.heads;
-    int tiles = h.head_dim / GPU_TILE_ROWS, pairs = (tiles + 1) / 2;
-    int head = index / pairs, pair = index % pairs, group = h.heads / h.kv_heads;
+    int head = gpu_quotient(index, a.head_pairs), pair = index - head * a.head_pairs.by;
+    int row_head = head, group = a.head_group.by - 2; /* row_head: of the weight's own rows */
     linear_unit u;
-    u.weight[0] = 0;
-    int row_head = head; /* of the weight's own rows */
     if (a.head_weights == 1) {
-        int place = head % (group + 2);
+        u.head = gpu_quotient(head, a.head_group);
+        int place = head - u.head * a.head_group.by;
         u.kind = place < group ? LINEAR_QUERY : place == group ? LINEAR_KEY : LINEAR_VALUE;
-        u.head = place < group ? head / (group + 2) * group + place : head / (group + 2);
+        u.head = place < group ? u.head * group + place : u.head;
+        u.weight[0] = 0;
     } else {
         u.kind = head < h.heads ? LINEAR_QUERY
                                 : head < h.heads + h.kv_heads ? LINEAR_KEY : LINEAR_VALUE;
@@ -117,9 +119,9 @@ GPU_DEVICE inline linear_unit linear_head_unit(const linear_args &a, int index)
         u.weight[0] = u.kind;
         row_head = u.head;
     }
+    int tiles = h.head_dim / GPU_TILE_ROWS;
     int half = u.kind == LINEAR_VALUE ? 0 : h.half / GPU_TILE_ROWS;
-    int first = pair < half ? pair : 2 * half + 2 * (pair - half);
-    int second = pair < half ? pair + half : first + 1;
+    int first = pair < half ? pair : 2 * pair, second = pair < half ? pair + half : first + 1;
     u.weight[1] = u.weight[0];
     u.at[0] = first * GPU_TILE_ROWS;
     u.at[1] = second * GPU_TILE_ROWS;
@@ -139,14 +141,15 @@ GPU_DEVICE inline linear_unit linear_unit_at(const linear_args &a, int index)
                              {0, 0}};
         return other;
     }
-    linear_unit u = {{0, 1}, {index, a.paired ? index : -1}, LINEAR_OTHER, 0, {0, 0}};
-    for (int w = 0; !a.paired && w + 1 < a.n_weights; w++) {
-        int tiles = (a.weight[w].rows + GPU_TILE_ROWS - 1) / GPU_TILE_ROWS;
-        if (u.weight[0] == w && u.tile[0] >= tiles) {
-            u.weight[0] = w + 1;
-            u.tile[0] -= tiles;
-        }
+    int weight = 0, tile = index;
+GPU_NO_UNROLL
+    for (; !a.paired && weight + 1 < a.n_weights; weight++) {
+        int tiles = (a.weight[weight].rows + GPU_TILE_ROWS - 1) / GPU_TILE_ROWS;
+        if (tile < tiles)
+            break;
+        tile -= tiles;
     }
+    linear_unit u = {{weight, 1}, {tile, a.paired ? tile : -1}, LINEAR_OTHER, 0, {0, 0}};
     return u;
 }
 

@@ -19,20 +19,31 @@ GPU_DEVICE inline const float *linear_x(const gpu_linear_input &in, int row)
     return from < 0 ? NULL : in.x + from * in.stride;
 }
 
-/* Element k of a row x after the norm. */
-GPU_DEVICE inline float linear_value(const gpu_linear_input &in, const float *x, int k, float mean,
-                                     float inverse)
+/* `value`, element k of a row, after the norm. */
+GPU_DEVICE inline float linear_normed(const gpu_linear_input &in, float value, int k,
+                                      const linear_row &found)
 {
-    if (x == NULL)
-        return 0.0f;
-    float value = x[k]; /* not gpu_load: the launch before may have written it */
-    if (in.norm == GPU_NORM_NONE)
-        return value;
     float scale = gpu_load(in.scale + k);
     if (in.norm == GPU_NORM_RMS)
-        return scale * (value * inverse);
-    value = (value - mean) * inverse;
+        return scale * (value * found.inverse);
+    value = (value - found.mean) * found.inverse;
     return in.bias == NULL ? value * scale : gpu_fma(value, scale, gpu_load(in.bias + k));
+}
+
+/* Elements k .. k + N - 1 of a row x after the norm; zeros behind its end. */
+template <int N>
+GPU_DEVICE inline void linear_values(const linear_args &a, const float *x, int k,
+                                     const linear_row &found, float *v)
+{
+GPU_UNROLL
+    for (int j = 0; j < N; j++) /* not gpu_load: the launch before may have written it */
+        v[j] = x != NULL && k + j < a.cols ? x[k + j] : 0.0f;
+    if (x == NULL || a.input.norm == GPU_NORM_NONE)
+        return;
+GPU_UNROLL
+    for (int j = 0; j < N; j++)
+        if (k + j < a.cols)
+            v[j] = linear_normed(a.input, v[j], k + j, found);
 }
 
 /* A warp's share, for all lanes, of the sum of x, x^2 or (x - mean)^2 over a row: lane l of warp w
@@ -92,10 +103,10 @@ GPU_DEVICE inline void linear_row_sums(const linear_args &a, char *panel, float 
 GPU_DEVICE inline void linear_statistics(const linear_args &a, char *panel, float *work, int first,
                                          int count)
 {
-    if (a.input.norm == GPU_NORM_LAYER)
-        linear_row_sums(a, panel, work, first, count, LINEAR_SUM);
-    if (a.input.norm != GPU_NORM_NONE)
-        linear_row_sums(a, panel, work, first, count, LINEAR_SQUARES);
+    int kind = a.input.norm == GPU_NORM_LAYER ? LINEAR_SUM : LINEAR_SQUARES;
+GPU_NO_UNROLL
+    for (; a.input.norm != GPU_NORM_NONE && kind <= LINEAR_SQUARES; kind++)
+        linear_row_sums(a, panel, work, first, count, kind);
 }
 
 /* Eight values as bf16 at a time. */
@@ -107,9 +118,7 @@ GPU_DEVICE inline void linear_round_bf16(const linear_args &a, char *panel, int 
         const float *x = linear_x(a.input, row);
         linear_row found = *linear_row_at(panel, row);
         float v[8];
-        for (int j = 0; j < 8; j++)
-            v[j] = k + j < a.cols ? linear_value(a.input, x, k + j, found.mean, found.inverse)
-                                  : 0.0f;
+        linear_values<8>(a, x, k, found, v);
         uint4 packed = {gpu_pack_bf16(v[0], v[1]), gpu_pack_bf16(v[2], v[3]),
                         gpu_pack_bf16(v[4], v[5]), gpu_pack_bf16(v[6], v[7])};
         *(uint4 *)(void *)(panel + a.panel.values + row * a.panel.stride + k * 2) = packed;
@@ -137,7 +146,8 @@ GPU_DEVICE inline uint32_t linear_mark_span(const linear_args &a, char *panel, i
     int lane = threadIdx.x % 32;
     for (int i = 0; i < LINEAR_SPAN / 32; i++) {
         int k = span * LINEAR_SPAN + i * 32 + lane;
-        float v = k < a.cols ? linear_value(a.input, x, k, found.mean, found.inverse) : 0.0f;
+        float v;
+        linear_values<1>(a, x, k, found, &v);
         bool is_outlier = linear_is_outlier(v, a.input.threshold);
         uint32_t outliers = gpu_ballot(GPU_FULL_WARP, is_outlier);
         uint32_t bits = gpu_bits_from_float(v) & 0x7fffffffu;
@@ -168,9 +178,12 @@ GPU_DEVICE inline void linear_round_int8(const linear_args &a, char *panel, cons
         bool is_finite = absmax - absmax == 0.0f;
         bool usable = is_finite && factor - factor == 0.0f;
         uint32_t packed = 0;
-        for (int j = 0; usable && j < 4 && k + j < a.cols; j++) {
-            float v = linear_value(a.input, x, k + j, found->mean, found->inverse);
-            int q = linear_is_outlier(v, a.input.threshold) ? 0 : (int)rintf(v * factor);
+        float v[4];
+        linear_values<4>(a, x, k, *found, v);
+GPU_UNROLL
+        for (int j = 0; j < 4; j++) {
+            bool is_apart = !usable || linear_is_outlier(v[j], a.input.threshold);
+            int q = is_apart ? 0 : (int)rintf(v[j] * factor);
             packed |= (uint32_t)(q & 255) << 8 * j;
         }
         *(uint32_t *)(void *)(panel + a.panel.values + row * a.panel.stride + k) = packed;

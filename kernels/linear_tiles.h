@@ -294,6 +294,7 @@ template <int FORM>
 GPU_DEVICE inline void fill_tables(const linear_args &a, char *shared, char *nested)
 {
     const float *tables = a.weight[0].tables;
+GPU_NO_UNROLL /* `tables` is two lines of the cache, and other registers wait for tiles */
     for (int i = threadIdx.x; i < 256 * (LANE_ROW / 16); i += LINEAR_THREADS) {
         int byte = i / (LANE_ROW / 16);
         uint32_t pair = gpu_pack_bf16(gpu_load(tables + byte / 16), gpu_load(tables + byte % 16));

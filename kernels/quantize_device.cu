@@ -36,7 +36,7 @@ GPU_DEVICE inline float value_at(const slab &s, int64_t i)
     if (s.dtype == QLLM_F32)
         return ((const float *)(const void *)s.values)[i];
     uint16_t bits = ((const uint16_t *)(const void *)s.values)[i];
-    return s.dtype == QLLM_F16 ? qllm_f16_to_float(bits) : qllm_bf16_to_float(bits);
+    return s.dtype == QLLM_F16 ? gpu_half_to_float(bits) : qllm_bf16_to_float(bits);
 }
 
 /* Offset in the data of element i of the tensor, `size` bytes each; 4-bit: of its byte. */

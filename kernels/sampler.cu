@@ -35,7 +35,7 @@ struct row_tools {
     draw_room *room;
 };
 
-#define SAMPLER_FUNCTION static GPU_DEVICE
+#define SAMPLER_FUNCTION static GPU_DEVICE GPU_NO_INLINE
 #include "core/sampler_body.h"
 
 /* A draw as the device reads it. */

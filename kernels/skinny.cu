@@ -3,8 +3,9 @@
  * Weights are the A operand and the rows x are the 8 columns of B, so that up to 8 rows cost what
  * one costs.  A block owns a range of units (rows of tiles, or pairs of them) and its eight warps
  * the eight slices of the columns.  A warp asks for the tiles of the next turn before it multiplies
- * those of this one, and for the first ones before it waits for the kernel whose output it reads.
- * Their sums meet in shared memory: for 4-bit codes in the gaps of the table (linear_tiles.h). */
+ * those of this one, for the first ones before it waits for the kernel whose output it reads, and
+ * for those of the next units before it gives away the outputs of these.  The sums of the warps
+ * meet in shared memory: for 4-bit codes in the gaps of the table (linear_tiles.h). */
 #include "linear_launch.h"
 #include "linear_tiles.h"
 
@@ -42,17 +43,22 @@ struct shared_layout {
     }
 };
 
-/* Adds the slices and gives away the outputs of a group.  By the whole block. */
-template <int FORM, int RT, int NT>
-GPU_DEVICE inline void finish(const linear_args &a, char *shared, char *panel, int unit, int end,
-                              typename sum_type<FORM>::type (*acc)[NT][4])
+/* Where the sums of all slices meet. */
+template <int FORM>
+GPU_DEVICE inline sums_view sums_of(const linear_args &a, char *shared)
 {
     typedef shared_layout<FORM> at;
     sums_view sums = {shared + at::sums_at(), at::sums_step(), a.first, a.rows};
-    store_sums<FORM, RT, NT>(sums, threadIdx.x / LANES, acc);
+    return sums;
+}
+
+/* Adds the slices and gives away the outputs of a group.  By the whole block. */
+template <int FORM, int RT, int NT>
+GPU_DEVICE inline void finish(const linear_args &a, char *shared, char *panel, int unit, int end)
+{
     gpu_sync_block();
-    finish_outputs<FORM, RT, NT, GPU_SLICES>(a, sums, panel, unit, end, threadIdx.x,
-                                             LINEAR_THREADS);
+    finish_outputs<FORM, RT, NT, GPU_SLICES>(a, sums_of<FORM>(a, shared), panel, unit, end,
+                                             threadIdx.x, LINEAR_THREADS);
     gpu_sync_block();
 }
 
@@ -87,18 +93,27 @@ skinny(const linear_args a)
     int unit = block * a.units_each + more;
     int last = unit + a.units_each + (block < a.units_more);
     int begin = a.across * warp / GPU_SLICES, end = a.across * (warp + 1) / GPU_SLICES;
-    int step = a.paired ? RT / 2 : RT;
     char *nested = shared + at::nested_at(RT, NT);
     char *panel = RESIDENT ? shared + at::panel_at(RT, NT) : (char *)a.input.scratch;
     int row = a.first + (RESIDENT && lane / 4 >= a.rows ? a.rows - 1 : lane / 4);
     const char *x = panel + a.panel.values + row * a.panel.stride +
                     lane % 4 * (FORM == LINEAR_INT8 ? 16 : 32);
     int x_step = 8 * a.panel.stride;
-    group<FORM, RT> here = find_group<FORM, RT, UK>(a, unit, last);
-    turn<FORM, RT, UK> even = {}, odd = {};
-    ask<FORM, RT, UK>(a, here, begin, end, &even);
-    prepare<FORM, RT, NT, RESIDENT>(a, shared, panel);
-    while (unit < last) {
+    bool has_sums = false; /* of the units before `unit` */
+    group<FORM, RT> here;
+    turn<FORM, RT, UK> even = {};
+    for (;;) {
+        if (unit < last) {
+            here = find_group<FORM, RT, UK>(a, unit, last);
+            ask<FORM, RT, UK>(a, here, begin, end, &even);
+        }
+        if (has_sums)
+            finish<FORM, RT, NT>(a, shared, panel, unit - (RT >> a.paired), last);
+        else
+            prepare<FORM, RT, NT, RESIDENT>(a, shared, panel);
+        if (unit >= last)
+            break;
+        turn<FORM, RT, UK> odd = {};
         sum acc[RT][NT][4] = {};
         for (int k = begin; k < end; k += 2 * UK) { /* two turns, so that none is copied */
             ask<FORM, RT, UK>(a, here, k + UK, end, &odd);
@@ -108,13 +123,9 @@ skinny(const linear_args a)
             multiply<FORM, RT, UK, NT>(odd, here, shared, nested, x + (k + UK) * WIDTH, x_step,
                                        k + UK, end, acc);
         }
-        int done = unit;
-        unit += step;
-        if (unit < last) {
-            here = find_group<FORM, RT, UK>(a, unit, last);
-            ask<FORM, RT, UK>(a, here, begin, end, &even);
-        }
-        finish<FORM, RT, NT>(a, shared, panel, done, last, acc);
+        store_sums<FORM, RT, NT>(sums_of<FORM>(a, shared), threadIdx.x / LANES, acc);
+        has_sums = true;
+        unit += RT >> a.paired;
     }
 }
 

@@ -102,7 +102,8 @@ QLLM_BOTH static inline float qllm_expf(float x)
     q = fmaf(q, r, QLLM_EXP_E1);
     q = fmaf(q, r, QLLM_EXP_E0);
     float p = fmaf(r * r, q, r) + 1.0f;
-    int32_t whole = (int32_t)n, half = (whole - (whole & 1)) / 2;
+    int32_t whole = (int32_t)(qllm_bits_from_float(t) - qllm_bits_from_float(QLLM_EXP_ROUND));
+    int32_t half = (whole - (whole & 1)) / 2;
     return p * qllm_power_of_two(half) * qllm_power_of_two(whole - half);
 }
 

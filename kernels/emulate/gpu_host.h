@@ -21,6 +21,7 @@
 #define GPU_CONSTANT static const
 #define GPU_UNROLL
 #define GPU_NO_UNROLL
+#define GPU_NO_INLINE
 #define GPU_SHARED(type, name) type *name = reinterpret_cast<type *>(gpu_emulated_shared)
 
 struct dim3 {
