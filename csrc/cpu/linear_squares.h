@@ -19,7 +19,7 @@
 
 enum {
     PANELS = 2, TILES = 2,  /* at a time */
-    PASS_ROWS = 256,
+    PASS_ROWS = 192,
     PASS_BYTES = 768 << 10, /* of x */
     STRIP_STEPS = 64,       /* at most: more squares of weights would take the place of x */
     STREAM_AHEAD = 2048     /* bytes; nearer than of other kernels, which take less at a time */
