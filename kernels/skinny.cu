@@ -101,7 +101,7 @@ skinny(const linear_args a)
     int x_step = 8 * a.panel.stride;
     bool has_sums = false; /* of the units before `unit` */
     group<FORM, RT> here;
-    turn<FORM, RT, UK> even = {};
+    turn<FORM, RT, UK> even = {}, odd = {};
     for (;;) {
         if (unit < last) {
             here = find_group<FORM, RT, UK>(a, unit, last);
@@ -113,7 +113,6 @@ skinny(const linear_args a)
             prepare<FORM, RT, NT, RESIDENT>(a, shared, panel);
         if (unit >= last)
             break;
-        turn<FORM, RT, UK> odd = {};
         sum acc[RT][NT][4] = {};
         for (int k = begin; k < end; k += 2 * UK) { /* two turns, so that none is copied */
             ask<FORM, RT, UK>(a, here, k + UK, end, &odd);
