@@ -54,13 +54,13 @@ COMMON = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-m
 # What a device library (kernels/) holds of csrc/: formats and configurations mean the same there.
 DEVICE_C = ["csrc/core/*.c", "csrc/decoder/checks.c", "csrc/decoder/config.c",
             "csrc/decoder/positions.c", "csrc/decoder/slots.c"]
-# Of the host's code it is the size that counts; none of it throws, and the linker leaves out what
-# nothing calls.
-HOST_FLAGS = ["-fPIC", "-Os", "-fvisibility=hidden", "-fno-asynchronous-unwind-tables",
+# On the host nothing throws, and the linker leaves out what nothing calls; of the code beside the
+# kernels it is the size that counts.
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-asynchronous-unwind-tables",
               "-ffunction-sections", "-fdata-sections"]
 # -fmad=false: as -ffp-contract=off above. Registers that do not suffice are a warning.
 NVCC_FLAGS = ["-std=c++17", "-fmad=false", "-Xptxas=--warn-on-spills", "-Ikernels", "-Icsrc",
-              "-Xcompiler=" + ",".join([*HOST_FLAGS, "-fno-exceptions", "-Wall", "-Wextra"])]
+              "-Xcompiler=" + ",".join([*HOST_FLAGS, "-Os", "-fno-exceptions", "-Wall", "-Wextra"])]
 # Machine code for these, which later ones of the same first digits run too (8.6 and 8.9 that of
 # 8.0); newer ones translate the PTX of the last when they first run it.
 CUDA_ARCHES = ["80", "90", "100", "120"]
