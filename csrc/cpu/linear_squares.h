@@ -21,8 +21,8 @@ enum {
     PANELS = 2, TILES = 2,  /* at a time */
     PASS_ROWS = 192,
     PASS_BYTES = 768 << 10, /* of x */
-    STRIP_STEPS = 64,       /* at most: more squares of weights would take the place of x */
-    STREAM_AHEAD = 2048     /* bytes; nearer than of other kernels, which take less at a time */
+    STRIP_STEPS = 64,       /* with more, squares of weights would take the place of x */
+    STREAM_AHEAD = 3072     /* bytes; nearer than of other kernels, which take less at a time */
 };
 
 typedef struct squares_job {
@@ -216,11 +216,12 @@ static int64_t equal_part(int64_t n, int64_t most)
 /* Rows of `steps` steps by tiles [begin, end). */
 static void linear_squares(squares_job *job, int64_t begin, int64_t end)
 {
-    int64_t m = job->in->m, both = PANELS * job->in->panel, strip = job->steps;
+    int64_t m = job->in->m, both = PANELS * job->in->panel, strip;
     int64_t rows = equal_part((m + both - 1) / both, PASS_ROWS / both) * both;
     int64_t most = PASS_BYTES / (rows * QLLM_LINE);
-    if (m > both)
-        strip = equal_part(strip, most < STRIP_STEPS ? most : STRIP_STEPS);
+    if (m > both && most > STRIP_STEPS)
+        most = STRIP_STEPS;
+    strip = equal_part(job->steps, most);
     squares_open(job->in->panel, QLLM_LINE);
     for (job->row = 0; job->row < m; job->row = job->end) {
         job->end = m - job->row < rows ? m : job->row + rows;
