@@ -99,6 +99,15 @@ QLLM_INLINE void decode_lines(const int tiles, __m512i table, const uint8_t *con
     }
 }
 
+/* All of them. */
+QLLM_INLINE void decode_block(const int tiles, const int groups, __m512i table,
+                              const uint8_t *const *at, uint8_t (*w)[2][SQUARE])
+{
+    LANES_UNROLL
+    for (int line = 0; line < groups * LINES; line++)
+        decode_lines(tiles, table, at, line, line + 1, w);
+}
+
 /* The weights of a block into their registers. */
 QLLM_INLINE void take_weights(const int tiles, const int groups, uint8_t (*w)[2][SQUARE])
 {
@@ -148,61 +157,93 @@ QLLM_INLINE void take_turn(const int tiles, const int groups, const uint8_t *x, 
         SQUARE_DOT_BF16(1, 7, 5);
 }
 
-/* What is still on its way. */
-QLLM_INLINE void take_last_sums(const int tiles, int64_t rows, passage *kept, const passage *ready)
+/* Sums that are stored next and those that are added next. */
+typedef struct passages {
+    passage of[2], *kept, *ready;
+    square_sums nowhere[TILES];
+} passages;
+
+/* The first two turns find no sums: what they add goes nowhere. */
+QLLM_INLINE void open_passages(passages *p, const float *absmax)
 {
-    SQUARE_STORE(0, kept->sums[0]);
-    add_sums(0, 0, rows, ready);
-    add_sums(0, 0, rows, kept);
+    p->kept = &p->of[0];
+    p->ready = &p->of[1];
+    p->kept->y = p->ready->y = p->nowhere;
+    p->kept->absmax = p->ready->absmax = absmax;
+}
+
+/* The sums that a turn has started will be those to store. */
+QLLM_INLINE void pass_on(passages *p, square_sums *y, const float *absmax)
+{
+    passage *added = p->ready;
+    p->ready = p->kept;
+    p->kept = added;
+    p->kept->y = y;
+    p->kept->absmax = absmax;
+}
+
+/* What is still on its way. */
+QLLM_INLINE void close_passages(const int tiles, int64_t rows, const passages *p)
+{
+    SQUARE_STORE(0, p->kept->sums[0]);
+    add_sums(0, 0, rows, p->ready);
+    add_sums(0, 0, rows, p->kept);
     if (tiles > 1) {
-        SQUARE_STORE(1, kept->sums[1]);
-        add_sums(1, 0, rows, ready);
-        add_sums(1, 0, rows, kept);
+        SQUARE_STORE(1, p->kept->sums[1]);
+        add_sums(1, 0, rows, p->ready);
+        add_sums(1, 0, rows, p->kept);
     }
 }
 
-/* y (squares, tiles) += the blocks of the job. */
-QLLM_INLINE void add_blocks(const int tiles, const int groups, const bool nested,
-                            const codes_job *job, tile_stream *s, square_sums (*y)[TILES])
+/* Of one thread, for all its tiles. */
+typedef struct workspace {
+    decoded next;
+    passages sums;
+    _Alignas(64) square_sums y[PANEL_SQUARES][TILES];
+} workspace;
+
+/* y (squares, tiles) += the blocks of the job.  Some lines of the block AHEAD are decoded in each
+ * turn; `one`: there is one square. */
+QLLM_INLINE void add_blocks(const bool one, const int tiles, const int groups, const bool nested,
+                            const codes_job *job, tile_stream *s, workspace *work)
 {
     int64_t group_bytes = job->in->panel * QLLM_LINE, end = job->first_block + job->blocks;
     const uint8_t *x = (const uint8_t *)job->in->q + job->row * job->in->q_stride
                        + job->first_block * groups * group_bytes;
     const uint8_t *at[TILES] = {NULL};
-    int64_t rows = job->rows, squares = job->squares, lines = groups * LINES;
+    int64_t rows = job->rows, squares = job->squares, lines = groups * LINES, block;
     int64_t step = (lines + squares - 1) / squares;
     __m512i table = table_of(job->packed);
-    decoded w;
-    square_sums nowhere[TILES];
-    passage sums[2], *kept = &sums[0], *ready = &sums[1];
-    memset(sums, 0, sizeof sums);
-    memset(nowhere, 0, sizeof nowhere);
-    memset(w.absmax, 0, sizeof w.absmax);
-    kept->y = ready->y = nowhere; /* the first two turns find no sums */
-    kept->absmax = ready->absmax = w.absmax[(job->first_block + SCALES - 1) % SCALES][0];
-    int64_t block = job->first_block;
-    for (; block < end && block < job->first_block + AHEAD; block++) {
-        open_block(tiles, groups, nested, s, block, at, &w);
-        decode_lines(tiles, table, at, 0, lines, w.w[block % AHEAD]);
+    decoded *next = &work->next;
+    passages *sums = &work->sums;
+    open_passages(sums, next->absmax[0][0]);
+    for (block = job->first_block; block < end && block < job->first_block + AHEAD; block++) {
+        open_block(tiles, groups, nested, s, block, at, next);
+        decode_block(tiles, groups, table, at, next->w[block % AHEAD]);
     }
     for (block = job->first_block; block < end; block++, x += groups * group_bytes) {
-        int64_t line = block + AHEAD < end ? 0 : lines; /* the next that is decoded */
-        take_weights(tiles, groups, w.w[block % AHEAD]);
+        uint8_t (*w)[2][SQUARE] = next->w[block % AHEAD];
+        const float *absmax = next->absmax[block % SCALES][0];
+        int64_t line = block + AHEAD < end ? 0 : lines; /* that is decoded next */
+        take_weights(tiles, groups, w);
         if (line == 0)
-            open_block(tiles, groups, nested, s, block + AHEAD, at, &w);
-        for (int64_t square = 0; square < squares; square++) {
+            open_block(tiles, groups, nested, s, block + AHEAD, at, next);
+        if (one) {
+            if (line == 0)
+                decode_block(tiles, groups, table, at, w);
+            take_turn(tiles, groups, x, group_bytes, rows, sums->kept, sums->ready);
+            pass_on(sums, work->y[0], absmax);
+        }
+        for (int64_t square = 0; !one && square < squares; square++) {
             int64_t stop = line + step < lines ? line + step : lines;
-            take_turn(tiles, groups, x + square * rows * QLLM_LINE, group_bytes, rows, kept, ready);
-            decode_lines(tiles, table, at, line, stop, w.w[block % AHEAD]);
+            take_turn(tiles, groups, x + square * rows * QLLM_LINE, group_bytes, rows, sums->kept,
+                      sums->ready);
+            decode_lines(tiles, table, at, line, stop, w);
+            pass_on(sums, work->y[square], absmax);
             line = stop;
-            passage *empty = ready;
-            ready = kept;
-            kept = empty;
-            kept->y = y[square];
-            kept->absmax = w.absmax[block % SCALES][0];
         }
     }
-    take_last_sums(tiles, rows, kept, ready);
+    close_passages(tiles, rows, sums);
 }
 
 /* The outputs of a tile as the columns before have left them, and as these leave them. */
@@ -210,9 +251,9 @@ static void load_outputs(const codes_job *job, int64_t tile, int64_t square, squ
 {
     int64_t o = tile * QLLM_TILE_ROWS, left = job->packed->rows - o, n = left < 16 ? left : 16;
     int64_t first = job->row + square * job->rows, rows = job->in->m - first;
-    memset(y, 0, sizeof(square_sums));
-    for (int64_t r = 0; job->first_block > 0 && r < job->rows && r < rows; r++)
-        lanes_store(y[r], lanes_load_n(job->y + (first + r) * job->y_stride + o, n));
+    for (int64_t r = 0; r < job->rows; r++)
+        lanes_store(y[r], job->first_block == 0 || r >= rows ? lanes_zero()
+                          : lanes_load_n(job->y + (first + r) * job->y_stride + o, n));
 }
 
 static void store_outputs(const codes_job *job, int64_t tile, int64_t square, square_sums y)
@@ -231,31 +272,35 @@ static void store_outputs(const codes_job *job, int64_t tile, int64_t square, sq
     }
 }
 
-QLLM_INLINE void multiply_tiles(const int tiles, const int groups, const bool nested,
-                                const codes_job *job, int64_t tile)
+QLLM_INLINE void multiply_tiles(const bool one, const int tiles, const int groups,
+                                const bool nested, const codes_job *job, int64_t tile,
+                                workspace *work)
 {
-    _Alignas(64) square_sums y[PANEL_SQUARES][TILES];
     tile_stream s[TILES];
     for (int t = 0; t < tiles; t++)
         stream_open(&s[t], job->packed, tile + t);
     for (int64_t square = 0; square < job->squares; square++)
         for (int t = 0; t < tiles; t++)
-            load_outputs(job, tile + t, square, y[square][t]);
-    add_blocks(tiles, groups, nested, job, s, y);
+            load_outputs(job, tile + t, square, work->y[square][t]);
+    add_blocks(one, tiles, groups, nested, job, s, work);
     for (int64_t square = 0; square < job->squares; square++)
         for (int t = 0; t < tiles; t++)
-            store_outputs(job, tile + t, square, y[square][t]);
+            store_outputs(job, tile + t, square, work->y[square][t]);
 }
 
+/* One square leaves time for one tile at a time, as memory has it. */
 QLLM_INLINE void multiply_all(const int groups, const bool nested, const codes_job *job,
                               int64_t begin, int64_t end)
 {
     int64_t tile = begin;
-    if (job->squares > 1)
-        for (; tile + TILES <= end; tile += TILES)
-            multiply_tiles(TILES, groups, nested, job, tile);
+    workspace work;
+    memset(&work, 0, sizeof work);
+    for (; job->squares > 1 && tile + TILES <= end; tile += TILES)
+        multiply_tiles(false, TILES, groups, nested, job, tile, &work);
+    for (; job->squares > 1 && tile < end; tile++)
+        multiply_tiles(false, 1, groups, nested, job, tile, &work);
     for (; tile < end; tile++)
-        multiply_tiles(1, groups, nested, job, tile);
+        multiply_tiles(true, 1, groups, nested, job, tile, &work);
 }
 
 typedef void codes_kernel(const codes_job *job, int64_t begin, int64_t end);
