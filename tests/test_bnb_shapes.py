@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="its tensors are multiplied")
 
+from qllm import _core  # noqa: E402
 from qllm.integrations.torch import Linear  # noqa: E402
 
 torch.set_num_threads(2)
@@ -20,12 +21,15 @@ FORMATS = ("nf4", "fp4", "nf4-dq", "fp4-dq")
 
 
 def layer(weight: Any, format: str, bias: Any = None, **options: Any) -> Linear:
-    """float32 inputs in exact, as a layer of float32 is expected to have them."""
+    """float32 inputs in exact, as a layer of float32 is expected to have them; float16 inputs too
+    where auto rounds to bfloat16."""
     plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     plain.weight = torch.nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         plain.bias = torch.nn.Parameter(bias)
-    compute = "exact" if weight.dtype == torch.float32 else "auto"
+    rounds = _core.cpu_info()["default"] == "avx512amx"
+    exact = weight.dtype == torch.float32 or rounds and weight.dtype == torch.float16
+    compute = "exact" if exact else "auto"
     return Linear.from_linear(plain, format, compute=compute, **options)
 
 
