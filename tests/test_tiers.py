@@ -268,6 +268,17 @@ def test_more_rows_and_columns_than_a_pass_takes(isa: str, format: str, cols: in
     assert np.array_equal(bits(_core.linear(q, x, bias, isa=isa, compute="auto")), bits(expected))
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("format,cols", [("nf4", 1152), ("nf4-dq", 1152), ("fp4", 1100),
+                                         ("f32", 1100)])
+def test_exact_outputs_wait_between_passes(isa: str, format: str, cols: int) -> None:
+    """More rows and columns than a pass of tier exact takes; 37 outputs are two tiles and 5."""
+    q, x, bias = weight(37, cols, format), inputs(53, cols), inputs(1, 37)[0]
+    expected = np.tile(q.matmul_reference(x, bias), (5, 1))
+    y = _core.linear(q, np.tile(x, (5, 1)), bias, isa=isa, compute="exact")
+    assert np.array_equal(bits(y), bits(expected))
+
+
 @pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
 def test_sums_of_bf16_weights_wait_in_y_between_strips_of_columns() -> None:
     q, x, bias = weight(69, 2086, "bf16"), inputs(100, 2086), inputs(1, 69)[0]

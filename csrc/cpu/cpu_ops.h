@@ -15,7 +15,10 @@
 
 enum {
     QLLM_KV_PANEL = 16,      /* positions whose keys are interleaved */
-    QLLM_ATTENTION_HEADS = 4 /* query heads that share one reading of keys and values */
+    QLLM_ATTENTION_HEADS = 4, /* query heads that share one reading of keys and values */
+    QLLM_FEW_ROWS = 16,       /* more rows of x take the block kernel of tier exact */
+    QLLM_X_PANEL = 6,         /* of which so many are interleaved, whatever the set, ... */
+    QLLM_X_COLUMNS = 256      /* ... this number of columns at a time */
 };
 
 /* Keys and values of consecutive positions for one key-value head.  Key element (i, d) lies at
@@ -53,6 +56,7 @@ static inline int64_t qllm_attention_scratch(int64_t positions, int64_t heads)
 
 /* The input of a linear layer: x (m, cols) float32, row r at x + r * stride, and its rounded form
  * `q`, row r at q + r * q_stride bytes:
+ *   tier exact, float weights   the block kernel takes float32 in panels: qllm_x_panel
  *   tier exact, int8 weights    int8, cols padded with zeros to 64: qllm_int8_activation
  *   tiers int16 and int8        int16 or int8 by blocks, in the order that the set's kernels take
  *   tier bf16                   bf16, cols padded with zeros to 32
@@ -63,7 +67,7 @@ typedef struct qllm_rows {
     const float *x;
     int64_t m, cols, stride;
     qllm_tier tier;
-    const void *q;             /* NULL where the kernel takes x itself */
+    const void *q;             /* NULL where every kernel takes x itself */
     int64_t panel;
     int64_t q_stride;
     const float *scale;        /* (m), or (m, blocks) in the tiers int16 and int8, in panels
@@ -72,6 +76,15 @@ typedef struct qllm_rows {
     const int32_t *outliers;   /* row r: outliers[r * cols .. + n_outliers[r]], ascending */
     const int64_t *n_outliers; /* (m) */
 } qllm_rows;
+
+/* Where in q the element of row f and column c stands, the first of the panel that f begins and of
+ * QLLM_X_COLUMNS columns; element (r, k) is k * n + r floats behind it, n being QLLM_X_PANEL or the
+ * rows that are left for the last panel.  So all panels of some columns lie in one piece. */
+static inline int64_t qllm_x_panel(int64_t m, int64_t cols, int64_t f, int64_t c)
+{
+    int64_t width = cols - c < QLLM_X_COLUMNS ? cols - c : QLLM_X_COLUMNS;
+    return c * m + f * width;
+}
 
 typedef struct qllm_cpu_ops {
     const char *name;

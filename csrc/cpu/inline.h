@@ -13,8 +13,10 @@
 
 #if defined(__clang__)
 #define QLLM_UNROLL _Pragma("clang loop unroll(full)")
+#define QLLM_UNROLL_GROUP _Pragma("clang loop unroll_count(32)")
 #else
 #define QLLM_UNROLL _Pragma("GCC unroll 16")
+#define QLLM_UNROLL_GROUP _Pragma("GCC unroll 32")
 #endif
 
 #endif

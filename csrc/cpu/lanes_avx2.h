@@ -13,6 +13,7 @@
 
 #define LANES_ISA "avx2"
 #define LANES_UNROLL QLLM_UNROLL
+#define LANES_UNROLL_GROUP /* long enough without */
 enum {
     LANES_FUSED_ROWS = 2,
     LANES_FUSED_CHAINS = 1,

@@ -19,6 +19,7 @@
 #define LANES_ISA "neon"
 #endif
 #define LANES_UNROLL QLLM_UNROLL
+#define LANES_UNROLL_GROUP /* long enough without */
 enum {
     LANES_FUSED_ROWS = 4, /* 16 sums, the table in 4 registers, 4 of decoded values */
     LANES_FUSED_CHAINS = 1,

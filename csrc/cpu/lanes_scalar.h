@@ -15,6 +15,7 @@
 
 #define LANES_ISA "scalar"
 #define LANES_UNROLL /* a vector is a loop already */
+#define LANES_UNROLL_GROUP
 enum {
     LANES_FUSED_ROWS = 1,  /* rows of x in one pass of a fused kernel */
     LANES_FUSED_CHAINS = 1, /* groups summed side by side for one row */

@@ -16,6 +16,7 @@ enum {
 typedef struct form {
     qllm_tier tier;
     bool int8_weights; /* tier exact: LLM.int8() */
+    bool panels;       /* tier exact, float weights: x is interleaved for the block kernel */
     int64_t block;     /* tiers int16 and int8 */
     int64_t distance;  /* tier bf16x2: columns from one to the other of a pair */
 } form;
@@ -55,7 +56,8 @@ static bool reserve(int64_t count, int64_t size, int64_t *bytes)
 }
 
 /* LLM.int8() takes 5 bytes for an element of x, 6 by panels, which are at most twice as many rows;
- * int16 takes 2 and two more numbers of 4 bytes for a block of at least 32, all by panels. */
+ * int16 takes 2 and two more numbers of 4 bytes for a block of at least 32, all by panels; tier
+ * exact takes 4 for float weights. */
 int64_t qllm_cpu_linear_scratch(int64_t cols, int64_t m)
 {
     int64_t bytes = 0, padded, elements;
@@ -81,6 +83,10 @@ static rounded_rows divide_scratch(void *scratch, const form *form, int64_t cols
 {
     int64_t padded = (cols + QLLM_INT8_PAD - 1) / QLLM_INT8_PAD * QLLM_INT8_PAD, at = 0;
     rounded_rows rows = {.q = NULL};
+    if (form->panels) {
+        rows.q = take(scratch, m * cols, sizeof(float), &at);
+        return rows;
+    }
     if (form->tier == QLLM_TIER_EXACT) {
         rows.q_stride = padded;
         rows.q = take(scratch, filled * padded, 1, &at);
@@ -134,6 +140,18 @@ static int8_t *int8_at(const linear_job *job, int64_t r, int64_t k)
            (k / QLLM_INT8_PAD * rows + r % rows) * QLLM_INT8_PAD + k % QLLM_INT8_PAD;
 }
 
+static void interleave_row(const linear_job *job, int64_t r)
+{
+    int64_t m = job->rows.m, cols = job->rows.cols, f = r / QLLM_X_PANEL * QLLM_X_PANEL;
+    int64_t n = m - f < QLLM_X_PANEL ? m - f : QLLM_X_PANEL;
+    for (int64_t c = 0; c < cols; c += QLLM_X_COLUMNS) {
+        const float *x = job->rows.x + r * job->rows.stride + c;
+        float *to = (float *)job->rounded.q + qllm_x_panel(m, cols, f, c) + r - f;
+        for (int64_t k = 0; k < QLLM_X_COLUMNS && c + k < cols; k++)
+            to[k * n] = x[k];
+    }
+}
+
 static void round_rows(void *context, int64_t begin, int64_t end, int thread)
 {
     const linear_job *job = context;
@@ -143,7 +161,9 @@ static void round_rows(void *context, int64_t begin, int64_t end, int thread)
     for (int64_t r = begin; r < end; r++) {
         const float *x = job->rows.x + r * job->rows.stride;
         void *q = (uint8_t *)to->q + r * to->q_stride;
-        if (job->form.tier == QLLM_TIER_EXACT)
+        if (job->form.panels)
+            interleave_row(job, r);
+        else if (job->form.tier == QLLM_TIER_EXACT)
             job->ops->int8_activation(x, cols, job->threshold, int8_at(job, r, 0),
                                       int8_at(job, r, QLLM_INT8_PAD) - int8_at(job, r, 0),
                                       &to->scale[r], to->outliers + r * cols, &to->n_outliers[r]);
@@ -231,7 +251,7 @@ static void take_form(linear_job *job)
 static void open_panels(linear_job *job, void *scratch)
 {
     int64_t m = job->rows.m, cols = job->rows.cols, rows = 0, padded = m;
-    bool by_panels = job->form.tier != QLLM_TIER_BF16;
+    bool by_panels = job->form.tier != QLLM_TIER_BF16 && !job->form.panels;
     if (by_panels && job->ops->panel_rows != NULL)
         rows = job->ops->panel_rows(job->form.tier, job->form.distance, m);
     if (rows > 0)
@@ -249,13 +269,25 @@ static void open_panels(linear_job *job, void *scratch)
     memset(job->rounded.scale + first * of_row, 0, (size_t)(rows * of_row) * sizeof(float));
 }
 
+/* Whether a part runs the block kernel of tier exact. */
+static bool wants_panels(const linear_job *job)
+{
+    bool bytes = false;
+    if (job->form.tier != QLLM_TIER_EXACT || job->form.int8_weights)
+        return false;
+    for (int i = 0; i < job->n_parts; i++)
+        bytes = bytes || job->parts[i].weight->layout == QLLM_LAYOUT_BYTES;
+    return bytes || job->rows.m > QLLM_FEW_ROWS;
+}
+
 /* The rounded form of x, made by all threads where there are many rows. */
 static void make_form(linear_job *job, qllm_threads *threads, bool small, bool int8_batch,
                       void *scratch)
 {
     int64_t m = job->rows.m;
     job->rows.tier = job->form.tier;
-    if (job->form.tier == QLLM_TIER_EXACT && !job->form.int8_weights)
+    job->form.panels = wants_panels(job);
+    if (job->form.tier == QLLM_TIER_EXACT && !job->form.int8_weights && !job->form.panels)
         return;
     open_panels(job, scratch);
     if (small || m <= BLOCK_ROWS)

@@ -21,10 +21,11 @@
 enum {
     FUSED_ROWS_MAX = 4, /* in one pass */
     CHAINS_MAX = 2,     /* divides 4 blocks, so that a run of groups stays inside a unit */
-    BLOCK_COLUMNS = 256,
-    PASS_ROWS = 512, /* rows of x of which so many columns fit into the second-level cache; of fewer
-                        rows more columns do */
-    BLOCK_GROUPS = BLOCK_COLUMNS / QLLM_GROUP
+    BLOCK_COLUMNS = QLLM_X_COLUMNS,
+    BLOCK_GROUPS = BLOCK_COLUMNS / QLLM_GROUP,
+    PASS_ROWS = 43 * QLLM_X_PANEL, /* of x; their outputs by some tiles are in one piece */
+    PASS_BYTES = 1 << 20           /* of x stay in the second-level cache while all tiles use
+                                      them */
 };
 
 /* Column j (0 .. 7) of the step at `at`, 16 rows. */
@@ -220,89 +221,73 @@ QLLM_INLINE void decode_tile(qllm_layout kind, bool nested, const qllm_packed *p
 typedef struct block_job {
     const block *weights;
     int64_t columns;
-    const float *x; /* of row 0, from the first of the columns on */
-    int64_t stride;
-    float *y;       /* of row 0, from the first of the tiles on */
-    int64_t y_stride;
-    int64_t width[LANES_BLOCK_TILES]; /* outputs of each tile, 16 but for the last of a matrix */
-    bool fresh;        /* the first columns: y starts at 0 */
-    const float *bias; /* for these tiles, with the last columns; else NULL */
+    bool fresh;       /* the first columns: y starts at 0 */
+    const float *ask; /* outputs of row 0 by the next tiles, which are asked for meanwhile, or
+                         NULL */
+    int64_t ask_stride;
 } block_job;
 
-/* The sums of the columns [k, end), a group, for `rows` rows of x from `x` on. */
-QLLM_INLINE void sum_group(const int rows, const int tiles, const block *b, const float *x,
-                           int64_t stride, int64_t k, int64_t end,
-                           lanes (*p)[LANES_BLOCK_TILES])
+/* Outputs of the rows of a pass for some tiles, in one piece: in a matrix they lie far apart, and
+ * often in the same places of a cache. */
+typedef struct strip {
+    _Alignas(64) float y[PASS_ROWS][LANES_BLOCK_TILES][16];
+} strip;
+
+/* p += column k, for `rows` rows of a panel of `width` rows, from x on. */
+QLLM_INLINE void add_column(const int rows, const int tiles, const block *b, const float *x,
+                            int64_t width, int64_t k, lanes (*p)[LANES_BLOCK_TILES])
 {
+    lanes w[LANES_BLOCK_TILES];
+    LANES_UNROLL
+    for (int t = 0; t < tiles; t++)
+        w[t] = lanes_load(b->w[t] + k * 16);
+    LANES_UNROLL
+    for (int r = 0; r < rows; r++) {
+        lanes value = lanes_set1(x[k * width + r]);
+        LANES_UNROLL
+        for (int t = 0; t < tiles; t++)
+            p[r][t] = lanes_add_product(p[r][t], w[t], value);
+    }
+}
+
+/* p = the sums of a group of columns from k on, or of what is left of it. */
+QLLM_INLINE void sum_group(const int rows, const int tiles, const block_job *job, const float *x,
+                           int64_t width, int64_t k, lanes (*p)[LANES_BLOCK_TILES])
+{
+    int64_t end = job->columns - k < QLLM_GROUP ? job->columns : k + QLLM_GROUP;
     LANES_UNROLL
     for (int r = 0; r < rows; r++)
         LANES_UNROLL
         for (int t = 0; t < tiles; t++)
             p[r][t] = lanes_zero();
-    for (; k < end; k++) {
-        lanes w[LANES_BLOCK_TILES];
-        LANES_UNROLL
-        for (int t = 0; t < tiles; t++)
-            w[t] = lanes_load(b->w[t] + k * 16);
-        LANES_UNROLL
-        for (int r = 0; r < rows; r++) {
-            lanes value = lanes_set1(x[r * stride + k]);
-            LANES_UNROLL
-            for (int t = 0; t < tiles; t++)
-                p[r][t] = lanes_add_product(p[r][t], w[t], value);
-        }
+    if (rows == LANES_BLOCK_ROWS && end - k == QLLM_GROUP) {
+        /* all of it: the end of a loop of 32 turns would be guessed wrong */
+        LANES_UNROLL_GROUP
+        for (int j = 0; j < QLLM_GROUP; j++)
+            add_column(rows, tiles, job->weights, x, width, k + j, p);
+    } else {
+        for (; k < end; k++)
+            add_column(rows, tiles, job->weights, x, width, k, p);
     }
 }
 
-/* Asks for the outputs of the rows from `row` on: they lie far apart. */
-QLLM_INLINE void prefetch_outputs(const int rows, const int tiles, const block_job *job,
-                                  int64_t row)
-{
-    LANES_UNROLL
-    for (int r = 0; r < rows; r++)
-        LANES_UNROLL
-        for (int t = 0; t < tiles; t++)
-            __builtin_prefetch(job->y + (row + r) * job->y_stride + 16 * t, 1, 3);
-}
-
-/* The part of x that the rows from `x` on need for a group. */
-QLLM_INLINE void prefetch_group(const int rows, const float *x, int64_t stride)
-{
-    LANES_UNROLL
-    for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(x + r * stride, 0, 3);
-        __builtin_prefetch(x + r * stride + QLLM_GROUP / 2, 0, 3);
-    }
-}
-
-/* y += the columns of the job, for `rows` rows of x and `tiles` tiles; y stays in registers where
- * the set has enough of them.  `next`: the row that comes after these. */
-QLLM_INLINE void block_rows(const int rows, const int tiles, const block_job *shared, int64_t row,
-                            int64_t next)
+/* y += the columns of the job, for `rows` rows of a panel of `width` rows, from x on, and `tiles`
+ * tiles; y stays in registers where the set has enough of them. */
+QLLM_INLINE void block_rows(const int rows, const int tiles, const block_job *shared,
+                            const float *x, int64_t width, float (*out)[LANES_BLOCK_TILES][16])
 {
     const block_job job = *shared;
-    const float *x = job.x + row * job.stride, *x_next = job.x + next * job.stride;
-    float *out = job.y + row * job.y_stride;
-    prefetch_outputs(rows, tiles, &job, next);
+    if (rows == QLLM_X_PANEL)
+        width = QLLM_X_PANEL; /* a constant */
     lanes y[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
     LANES_UNROLL
     for (int r = 0; r < rows; r++)
         LANES_UNROLL
         for (int t = 0; t < tiles; t++)
-            y[r][t] = lanes_zero();
-    if (!job.fresh) {
-        LANES_UNROLL
-        for (int r = 0; r < rows; r++)
-            LANES_UNROLL
-            for (int t = 0; t < tiles; t++)
-                y[r][t] = lanes_load_n(out + r * job.y_stride + 16 * t, job.width[t]);
-    }
+            y[r][t] = job.fresh ? lanes_zero() : lanes_load(out[r][t]);
     for (int64_t g = 0, k = 0; k < job.columns; g++, k += QLLM_GROUP) {
         lanes p[LANES_BLOCK_ROWS][LANES_BLOCK_TILES];
-        int64_t left = job.columns - k;
-        prefetch_group(rows, x_next + k, job.stride);
-        sum_group(rows, tiles, job.weights, x, job.stride, k,
-                  k + (left < QLLM_GROUP ? left : QLLM_GROUP), p);
+        sum_group(rows, tiles, &job, x, width, k, p);
         LANES_UNROLL
         for (int t = 0; t < tiles; t++) {
             lanes scale = lanes_load(job.weights->scales[g][t]);
@@ -314,18 +299,19 @@ QLLM_INLINE void block_rows(const int rows, const int tiles, const block_job *sh
     LANES_UNROLL
     for (int r = 0; r < rows; r++)
         LANES_UNROLL
-        for (int t = 0; t < tiles; t++) {
-            if (job.bias != NULL)
-                y[r][t] = lanes_add(y[r][t], lanes_load_n(job.bias + 16 * t, job.width[t]));
-            lanes_store_n(out + r * job.y_stride + 16 * t, y[r][t], job.width[t]);
-        }
+        for (int t = 0; t < tiles; t++)
+            lanes_store(out[r][t], y[r][t]);
 }
 
 /* Functions of their own, whatever the layout: in the middle of a long one gcc 12 spills. */
+typedef void block_rows_kernel(const block_job *job, const float *x, int64_t width,
+                               float (*y)[LANES_BLOCK_TILES][16]);
 #define BLOCK_ROWS_INSTANCE(name, rows, tiles)                                                    \
-    static __attribute__((noinline)) void name(const block_job *job, int64_t row, int64_t next)   \
+    static __attribute__((noinline)) void name(const block_job *job, const float *x,              \
+                                               int64_t width,                                     \
+                                               float (*y)[LANES_BLOCK_TILES][16])                 \
     {                                                                                             \
-        block_rows(rows, tiles, job, row, next);                                                  \
+        block_rows(rows, tiles, job, x, width, y);                                                \
     }
 
 enum { BLOCK_ROWS_FEW = LANES_BLOCK_ROWS > 2 ? 2 : 1 };
@@ -337,18 +323,57 @@ BLOCK_ROWS_INSTANCE(block_rows_narrow, LANES_BLOCK_ROWS, 1)
 BLOCK_ROWS_INSTANCE(block_few_narrow, BLOCK_ROWS_FEW, 1)
 BLOCK_ROWS_INSTANCE(block_one_narrow, 1, 1)
 
-/* Rows [row, end) of x. */
-QLLM_INLINE void block_all_rows(const int tiles, const block_job *job, int64_t row, int64_t end)
+/* The rows [row, end) of x, whole panels but for the last of all, and the columns of the job, which
+ * begin with `first`. */
+QLLM_INLINE void block_all_rows(const int tiles, const block_job *job, const qllm_rows *in,
+                                int64_t first, int64_t row, int64_t end, strip *s)
 {
-    const bool wide = tiles > 1;
-    for (; row + LANES_BLOCK_ROWS <= end; row += LANES_BLOCK_ROWS) {
-        int64_t next = row + 2 * LANES_BLOCK_ROWS <= end ? row + LANES_BLOCK_ROWS : row;
-        (wide ? block_rows_wide : block_rows_narrow)(job, row, next);
+    block_rows_kernel *all = tiles > 1 ? block_rows_wide : block_rows_narrow;
+    block_rows_kernel *few = tiles > 1 ? block_few_wide : block_few_narrow;
+    block_rows_kernel *one = tiles > 1 ? block_one_wide : block_one_narrow;
+    for (int64_t f = row; f < end; f += QLLM_X_PANEL) {
+        int64_t n = end - f < QLLM_X_PANEL ? end - f : QLLM_X_PANEL, r = 0;
+        const float *x = (const float *)in->q + qllm_x_panel(in->m, in->cols, f, first);
+        for (int64_t i = f; job->ask != NULL && i < f + n; i++)
+            for (int t = 0; t < tiles; t++)
+                __builtin_prefetch(job->ask + i * job->ask_stride + 16 * t, 1, 2);
+        for (; r + LANES_BLOCK_ROWS <= n; r += LANES_BLOCK_ROWS)
+            all(job, x + r, n, s->y + f - row + r);
+        for (; r + BLOCK_ROWS_FEW <= n; r += BLOCK_ROWS_FEW)
+            few(job, x + r, n, s->y + f - row + r);
+        for (; r < n; r++)
+            one(job, x + r, n, s->y + f - row + r);
     }
-    for (; row + BLOCK_ROWS_FEW <= end; row += BLOCK_ROWS_FEW)
-        (wide ? block_few_wide : block_few_narrow)(job, row, row);
-    for (; row < end; row++)
-        (wide ? block_one_wide : block_one_narrow)(job, row, row);
+}
+
+/* Outputs of a tile, 16 but for the last of a matrix. */
+QLLM_INLINE int64_t outputs_of(const qllm_packed *packed, int64_t tile)
+{
+    int64_t left = packed->rows - tile * QLLM_TILE_ROWS;
+    return left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
+}
+
+QLLM_INLINE void load_strip(const int tiles, const qllm_packed *packed, int64_t tile,
+                            const float *y, int64_t y_stride, int64_t rows, strip *s)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++)
+            lanes_store(s->y[r][t], lanes_load_n(y + r * y_stride + 16 * (tile + t),
+                                                 outputs_of(packed, tile + t)));
+}
+
+QLLM_INLINE void store_strip(const int tiles, const qllm_packed *packed, int64_t tile,
+                             const float *bias, int64_t rows, const strip *s, float *y,
+                             int64_t y_stride)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++) {
+            int64_t o = 16 * (tile + t), n = outputs_of(packed, tile + t);
+            lanes value = lanes_load(s->y[r][t]);
+            if (bias != NULL)
+                value = lanes_add(value, lanes_load_n(bias + o, n));
+            lanes_store_n(y + r * y_stride + o, value, n);
+        }
 }
 
 /* Rows [row, end) of x by `tiles` tiles, the columns [first, last). */
@@ -358,21 +383,21 @@ QLLM_INLINE void block_tiles(qllm_layout kind, bool nested, const int tiles,
                              float *y, int64_t y_stride)
 {
     block b;
-    int64_t o = tile * QLLM_TILE_ROWS;
-    block_job job = {.weights = &b, .stride = in->stride, .y = y + o, .y_stride = y_stride};
-    for (int t = 0; t < tiles; t++) {
-        int64_t left = packed->rows - (o + t * QLLM_TILE_ROWS);
-        job.width[t] = left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
-    }
-    for (; first < last; first += job.columns) {
-        job.columns = last - first < BLOCK_COLUMNS ? last - first : BLOCK_COLUMNS;
+    strip s;
+    bool ahead = tile + tiles < packed->tiles;
+    block_job job = {.weights = &b, .ask_stride = y_stride};
+    if (first > 0)
+        load_strip(tiles, packed, tile, y + row * y_stride, y_stride, end - row, &s);
+    for (int64_t at = first; at < last; at += job.columns) {
+        job.columns = last - at < BLOCK_COLUMNS ? last - at : BLOCK_COLUMNS;
+        job.fresh = at == 0;
+        job.ask = at + job.columns == last && ahead ? y + 16 * (tile + tiles) : NULL;
         for (int t = 0; t < tiles; t++)
-            decode_tile(kind, nested, packed, tile + t, first, job.columns, &b, t);
-        job.x = in->x + first;
-        job.fresh = first == 0;
-        job.bias = bias != NULL && first + job.columns == packed->cols ? bias + o : NULL;
-        block_all_rows(tiles, &job, row, end);
+            decode_tile(kind, nested, packed, tile + t, at, job.columns, &b, t);
+        block_all_rows(tiles, &job, in, at, row, end, &s);
     }
+    store_strip(tiles, packed, tile, last == packed->cols ? bias : NULL, end - row, &s,
+                y + row * y_stride, y_stride);
 }
 
 /* All tiles use some columns of x while these are in the second-level cache. */
@@ -380,9 +405,12 @@ QLLM_INLINE void blocks(qllm_layout kind, bool nested, const qllm_packed *packed
                         const float *bias, const qllm_rows *in, int64_t begin, int64_t end,
                         float *y, int64_t y_stride)
 {
-    for (int64_t row = 0, stop; row < in->m; row = stop) {
-        stop = row + PASS_ROWS < in->m ? row + PASS_ROWS : in->m;
-        int64_t most = PASS_ROWS / (stop - row) * BLOCK_COLUMNS;
+    int64_t passes = (in->m + PASS_ROWS - 1) / PASS_ROWS;
+    int64_t panels = ((in->m + passes - 1) / passes + QLLM_X_PANEL - 1) / QLLM_X_PANEL;
+    int64_t rows = panels * QLLM_X_PANEL;
+    int64_t most = PASS_BYTES / (rows * (int64_t)sizeof(float)) / BLOCK_COLUMNS * BLOCK_COLUMNS;
+    for (int64_t row = 0; row < in->m; row += rows) {
+        int64_t stop = row + rows < in->m ? row + rows : in->m;
         for (int64_t first = 0, last; first < packed->cols; first = last) {
             int64_t tile = begin;
             last = first + most < packed->cols ? first + most : packed->cols;
@@ -416,7 +444,7 @@ QLLM_INLINE void linear_layout(qllm_layout kind, bool nested, qllm_linear_kernel
     if (packed->cols == 0)
         for (; tile < end; tile++)
             write_bias(packed, bias, in, tile, y, y_stride);
-    else if (in->m > FEW_ROWS || kind == QLLM_LAYOUT_BYTES)
+    else if (in->m > QLLM_FEW_ROWS || kind == QLLM_LAYOUT_BYTES)
         many(packed, bias, in, begin, end, y, y_stride);
     else
         for (; tile < end; tile++)

@@ -6,8 +6,6 @@
 #include "cpu/cpu_ops.h"
 #include "cpu/packed_layout.h"
 
-enum { FEW_ROWS = 16 /* more take the block kernel of tier exact */ };
-
 static const char *linear_any_name(const qllm_packed *packed, qllm_tier tier, int64_t m)
 {
     static const char *const fused[QLLM_FORMAT_COUNT] = {
@@ -48,7 +46,7 @@ static const char *linear_any_name(const qllm_packed *packed, qllm_tier tier, in
     }
     if (packed->layout == QLLM_LAYOUT_BYTES)
         return bytes[packed->format];
-    int64_t few = packed->layout == QLLM_LAYOUT_INT8 ? 1 : FEW_ROWS;
+    int64_t few = packed->layout == QLLM_LAYOUT_INT8 ? 1 : QLLM_FEW_ROWS;
     return m <= few ? fused[packed->format] : blocks[packed->format];
 }
 
