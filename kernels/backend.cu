@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "decoder.h"
 #include "driver.h"
+#include "linear_entry.h"
 
 extern "C" {
 #include "core/alloc.h"
@@ -57,13 +58,10 @@ static void destroy(qllm_decoder *decoder)
 
 static qllm_status check_options(const qllm_decoder_options *options, qllm_error *error)
 {
-    if (options->compute == QLLM_COMPUTE_INT8)
-        return qllm_fail(error, QLLM_UNSUPPORTED, "compute is 'int8', which device '%s' does not "
-                         "offer; use 'auto' or 'exact'", GPU_BACKEND_NAME);
     if (options->variant != NULL)
         return qllm_fail(error, QLLM_UNSUPPORTED, "isa is '%.40s', but device '%s' has no choice "
                          "of instruction sets; leave isa out", options->variant, GPU_BACKEND_NAME);
-    return QLLM_OK;
+    return gpu_check_compute(options->compute, error);
 }
 
 /* Bytes of a page: [layer][kv_head][keys | values]. */
@@ -372,6 +370,7 @@ static qllm_backend make_table()
     table.name = GPU_BACKEND_NAME;
     table.device = device;
     table.limits = gpu_limits;
+    gpu_linear_entries(&table);
     table.decoder_create = create;
     table.decoder_destroy = destroy;
     table.slot_count = slot_count;

@@ -30,6 +30,16 @@ qllm_gpu_error gpu_driver_use(int index)
     return result(cudaSetDevice(index));
 }
 
+qllm_gpu_error gpu_driver_current(int *index)
+{
+    return result(cudaGetDevice(index));
+}
+
+qllm_gpu_error gpu_driver_wait()
+{
+    return result(cudaDeviceSynchronize());
+}
+
 qllm_gpu_error gpu_driver_describe(int index, gpu_device *out)
 {
     cudaDeviceProp properties;

@@ -7,6 +7,8 @@
 
 qllm_gpu_error gpu_driver_count(int *count);
 qllm_gpu_error gpu_driver_use(int index);
+qllm_gpu_error gpu_driver_current(int *index);                  /* of the calling thread */
+qllm_gpu_error gpu_driver_wait();                               /* for the current device */
 qllm_gpu_error gpu_driver_describe(int index, gpu_device *out); /* all but `held` */
 qllm_gpu_error gpu_driver_memory(int64_t *free_bytes);          /* of the current device */
 void gpu_driver_version(char *out, int64_t capacity);           /* of the driver, as a text */

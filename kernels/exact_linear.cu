@@ -47,12 +47,7 @@ GPU_BOTH constexpr int rows_for(int inputs)
 
 GPU_DEVICE inline float block_absmax(const gpu_weight &weight, int64_t block)
 {
-    if (weight.absmax_codes == NULL)
-        return gpu_load(weight.absmax + block);
-    const float *nested_code = weight.tables + 16;
-    float scaled = gpu_load(nested_code + gpu_load(weight.absmax_codes + block)) *
-                   gpu_load(weight.nested_absmax + block / QLLM_NESTED_BLOCKSIZE);
-    return scaled + weight.offset;
+    return gpu_block_absmax(weight, block, block);
 }
 
 template <kind KIND>

@@ -27,6 +27,17 @@ typedef struct gpu_weight {
     int64_t bytes;         /* of all of it but the bias */
 } gpu_weight;
 
+/* The absmax of block `block` in the standard order, which has place `at` in the weight's own. */
+GPU_DEVICE inline float gpu_block_absmax(const gpu_weight &weight, int64_t block, int64_t at)
+{
+    if (weight.absmax_codes == NULL)
+        return gpu_load(weight.absmax + at);
+    const float *nested_code = weight.tables + 16;
+    float scaled = gpu_load(nested_code + gpu_load(weight.absmax_codes + at)) *
+                   gpu_load(weight.nested_absmax + block / QLLM_NESTED_BLOCKSIZE);
+    return scaled + weight.offset;
+}
+
 /* What kernels over tiles can count to. */
 enum { GPU_TILED_MOST_ROWS = 1 << 30, GPU_TILED_MOST_COLS = 1 << 20 };
 

@@ -369,6 +369,50 @@ def device_limits(device: str, nbytes: int, /) -> DeviceLimits | None:
 def _load_device(path: str | PathLike[str], /) -> str:
     """Opens the plugin of a device; returns its name."""
 
+@final
+class DeviceLinear:
+    """A weight on a device that is no processor, to multiply tensors there by address
+    (csrc/python/py_device_linear.c)."""
+
+    def __new__(
+        cls,
+        weight: QuantizedTensor,
+        device: str,
+        *,
+        compute: str = "auto",
+        int8_threshold: float = 6.0,
+    ) -> DeviceLinear: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory."""
+    def kernel(self, m: int, /) -> str:
+        """Which kernel multiplies m rows."""
+    def scratch(self, dtype: int, m: int, bias: int, bias_dtype: int, /) -> int:
+        """Bytes of scratch that multiply wants for these."""
+    def multiply(
+        self,
+        x: int,
+        dtype: int,
+        m: int,
+        cols: int,
+        bias: int,
+        bias_dtype: int,
+        y: int,
+        rows: int,
+        scratch: int,
+        nbytes: int,
+        stream: int,
+        /,
+    ) -> None:
+        """y = x W^T + bias, given to a stream: waits for nothing. Addresses of the device's memory;
+        scratch (nbytes,) is aligned to 16 and this call's alone until its work is done."""
+    def dequantize(self, first: int, n: int, out: int, stream: int, /) -> None:
+        """Rows [first, first + n) of the weight, exactly, to out float32 (n, cols)."""
+
 # the decoder: csrc/python/py_decoder.c over csrc/core/backend.h
 
 @final

@@ -19,6 +19,6 @@ settings.load_profile("qllm")
 def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variables that qllm reads are as on a machine where nobody has set them."""
     for name in ("QLLM_CPU", "QLLM_THREADS", "QLLM_DEBUG", "QLLM_EMULATE_DEVICES",
-                 "QLLM_EMULATE_GRAPHS", "QLLM_EMULATE_MEMORY", "QLLM_EMULATE_ORDER",
-                 "QLLM_EMULATE_STREAMS"):
+                 "QLLM_EMULATE_GRAPHS", "QLLM_EMULATE_HOST_MEMORY", "QLLM_EMULATE_MEMORY",
+                 "QLLM_EMULATE_ORDER", "QLLM_EMULATE_STREAMS"):
         monkeypatch.delenv(name, raising=False)

@@ -8,8 +8,8 @@
 
 A C function for tests takes pointers, int64_t, float or bool, and last a qllm_error *; it returns a
 qllm_status.  Set in the environment of a call: QLLM_EMULATE_ORDER=reversed, QLLM_EMULATE_THREADS,
-QLLM_EMULATE_STREAMS=late, QLLM_EMULATE_GRAPHS=0, QLLM_EMULATE_MEMORY, QLLM_EMULATE_DEVICES (their
-number; kernels/emulate).
+QLLM_EMULATE_STREAMS=late, QLLM_EMULATE_GRAPHS=0, QLLM_EMULATE_MEMORY, QLLM_EMULATE_HOST_MEMORY=1,
+QLLM_EMULATE_DEVICES (their number; kernels/emulate).
 
 QLLM_TEST_SANITIZE=1 builds for the address and undefined-behaviour sanitizers, whose runtime must
 then be preloaded; QLLM_TEST_CUDA=1 takes qllm/_cuda.so, built with QLLM_TEST_HOOKS=1, instead.

@@ -234,7 +234,7 @@ def test_loads_that_cannot_be_done(folders: dict[str, Path], tmp_path: Path) -> 
     ):
         with pytest.raises(qllm.QllmValueError, match=words):
             load(folders[kind], "nf4", **options)
-    with pytest.raises(qllm.QllmUnsupportedError, match="device_map has 'cuda:0'; qllm multiplies"):
+    with pytest.raises(qllm.QllmUnsupportedError, match="device_map has 'cuda:0'; qllm loads on"):
         AutoModel.from_pretrained(
             folders["llama"], device_map={"": "cuda:0"}, quantization_config=QllmConfig("nf4"))
     model = load(folders["llama"])

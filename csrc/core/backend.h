@@ -16,7 +16,7 @@
 #include "core/qweight.h"
 #include "core/sampler.h"
 
-enum { QLLM_BACKEND_ABI = 5, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
+enum { QLLM_BACKEND_ABI = 6, QLLM_BACKEND_CAPACITY = 8, QLLM_SLOT_NAME_CAPACITY = 64 };
 
 struct qllm_decoder_config; /* decoder/config.h: the same for every device */
 
@@ -91,6 +91,22 @@ typedef struct qllm_device_limits {
     double dependent_edge_seconds; /* the same when each may start before the one before it ends */
 } qllm_device_limits;
 
+/* A linear layer alone, for tensors that another library holds on the device; each device defines
+ * its own.  It is never changed, so any number of threads may call it. */
+typedef struct qllm_device_linear qllm_device_linear;
+
+/* y = x W^T + bias; addresses of the device's memory. */
+typedef struct qllm_linear_call {
+    const void *x; /* (m, cols) of dtype, without gaps */
+    qllm_dtype dtype;
+    int64_t m;
+    const void *bias; /* (rows) of bias_dtype, or NULL */
+    qllm_dtype bias_dtype;
+    void *y;       /* (m, rows) of dtype, without gaps; rounded once, to nearest, ties to even */
+    void *scratch; /* linear_scratch bytes, aligned to 16, the call's own until its work is done */
+    void *stream;  /* the device's handle of a stream (CUDA: cudaStream_t), NULL: its default one */
+} qllm_linear_call;
+
 typedef struct qllm_backend {
     int abi;          /* QLLM_BACKEND_ABI of the headers it was built with */
     const char *name; /* "cpu" */
@@ -99,6 +115,26 @@ typedef struct qllm_backend {
     qllm_status (*device)(int index, qllm_device_facts *out, qllm_error *error);
     /* Measures it with twice `bytes` of its memory; NULL: not offered. */
     qllm_status (*limits)(int index, int64_t bytes, qllm_device_limits *out, qllm_error *error);
+
+    /* Copies a weight to device `index`; `threshold` as int8_threshold of qllm_decoder_options, by
+     * rows.  The calling thread's current device is afterwards what it was, here and below.  NULL:
+     * not offered, nor are the functions behind it. */
+    qllm_status (*linear_create)(int index, const qllm_qweight *weight, qllm_compute compute,
+                                 float threshold, qllm_device_linear **out, qllm_error *error);
+    void (*linear_destroy)(qllm_device_linear *layer); /* waits for the device; NULL is allowed */
+    int64_t (*linear_nbytes)(const qllm_device_linear *layer); /* of the device's memory */
+    const char *(*linear_name)(const qllm_device_linear *layer, int64_t m); /* static */
+    /* Bytes of scratch of a call, of which the dtypes, m and whether there is a bias are read; -1:
+     * more than can be counted. */
+    int64_t (*linear_scratch)(const qllm_device_linear *layer, const qllm_linear_call *call);
+    /* Gives the work to the stream: waits for nothing and takes no memory.  The bits of a decoder's
+     * linear layer on this device in that mode, rounded to dtype; so a row of y depends on that row
+     * of x alone. */
+    qllm_status (*linear)(const qllm_device_linear *layer, const qllm_linear_call *call,
+                          qllm_error *error);
+    /* Rows [first, first + n) of W, exactly, to out (n, cols) on the device, by the stream. */
+    qllm_status (*linear_dequantize)(const qllm_device_linear *layer, int64_t first, int64_t n,
+                                     float *out, void *stream, qllm_error *error);
 
     /* The config and what it points to are copied. */
     qllm_status (*decoder_create)(const struct qllm_decoder_config *config,

@@ -259,6 +259,19 @@ static qllm_status check_nested(const qllm_qweight *weight, bool allow_nonfinite
     return status;
 }
 
+qllm_status qllm_check_product(int64_t weight_rows, int64_t weight_cols, int64_t cols, int64_t rows,
+                               qllm_error *error)
+{
+    if (cols != weight_cols)
+        return qllm_fail(error, QLLM_VALUE, "x: the last dimension is %" PRId64 ", but the weight "
+                         "of shape (%" PRId64 ", %" PRId64 ") takes %" PRId64, cols, weight_rows,
+                         weight_cols, weight_cols);
+    if (rows != weight_rows)
+        return qllm_fail(error, QLLM_VALUE, "rows: %" PRId64 " were asked for, but the weight has "
+                         "the shape (%" PRId64 ", %" PRId64 ")", rows, weight_rows, weight_cols);
+    return QLLM_OK;
+}
+
 qllm_status qllm_qweight_check(const qllm_qweight *weight, bool allow_nonfinite, const char *name,
                                qllm_error *error)
 {

@@ -95,6 +95,10 @@ void qllm_qweight_absmax(const qllm_qweight *weight, float *out);
 /* The float32 absmax of one block of a nested form. */
 float qllm_nested_absmax_at(const qllm_qweight *weight, int64_t block);
 
+/* QLLM_VALUE unless `cols` values a row of x and `rows` a row of y are what a weight takes. */
+qllm_status qllm_check_product(int64_t weight_rows, int64_t weight_cols, int64_t cols, int64_t rows,
+                               qllm_error *error);
+
 /* Checks contents that came from outside: scales finite and not negative, nested scales finite when
  * read back, tables finite, int8 codes in -127 .. 127 and all 0 where the scale is 0, float values
  * finite.  With allow_nonfinite NaN scales (what qllm_quantize writes for blocks with NaN or

@@ -86,20 +86,6 @@ static qllm_status allocate(const qllm_image_product *product, int64_t panel, wo
     return QLLM_OK;
 }
 
-static qllm_status check(const qllm_packed *packed, const qllm_image_product *product,
-                         qllm_error *error)
-{
-    if (product->cols != packed->cols)
-        return qllm_fail(error, QLLM_VALUE, "x: the last dimension is %" PRId64 ", but the weight "
-                         "of shape (%" PRId64 ", %" PRId64 ") takes %" PRId64, product->cols,
-                         packed->rows, packed->cols, packed->cols);
-    if (product->rows != packed->rows)
-        return qllm_fail(error, QLLM_VALUE, "rows: %" PRId64 " were asked for, but the weight has "
-                         "the shape (%" PRId64 ", %" PRId64 ")", product->rows, packed->rows,
-                         packed->cols);
-    return QLLM_OK;
-}
-
 /* What multiplies n rows in float32; `first` is the first of them. */
 typedef void panel_product(const void *context, const qllm_linear_part *part, const float *x,
                            int64_t first, int64_t n, void *scratch);
@@ -115,7 +101,7 @@ static qllm_status multiply(const qllm_multiplier *by, const qllm_image *image,
     int64_t panel = half && product->m > PANEL ? PANEL : product->m;
     qllm_status status = qllm_image_open(image, &packed, error);
     if (status == QLLM_OK)
-        status = check(&packed, product, error);
+        status = qllm_check_product(packed.rows, packed.cols, cols, rows, error);
     if (status == QLLM_OK)
         status = allocate(product, panel, &space, error);
     if (status != QLLM_OK)

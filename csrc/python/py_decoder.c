@@ -422,7 +422,8 @@ int qllm_setup_decoder(PyObject *module)
         qllm_raise(state, &error);
         return -1;
     }
-    if (qllm_setup_sequence(module) < 0 || qllm_setup_device(module) < 0)
+    if (qllm_setup_sequence(module) < 0 || qllm_setup_device(module) < 0 ||
+        qllm_setup_device_linear(module) < 0)
         return -1;
     state->decoder_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &decoder_spec, NULL);
     return state->decoder_type == NULL ? -1 : PyModule_AddType(module, state->decoder_type);

@@ -63,8 +63,10 @@ qllm_slot qllm_embedding_slot(const qllm_decoder_object *self);
  * that defines `type`; 0, or -1 with an exception. */
 int qllm_find_device(PyTypeObject *type, const char *name, const qllm_backend **out, int *index);
 
-/* Adds the functions of py_device.c: part of qllm_setup_decoder. */
+/* Add the functions of py_device.c and the type of py_device_linear.c: part of
+ * qllm_setup_decoder. */
 int qllm_setup_device(PyObject *module);
+int qllm_setup_device_linear(PyObject *module);
 
 enum { QLLM_CONFIG_ARRAYS = 2 };
 

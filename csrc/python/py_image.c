@@ -7,6 +7,7 @@
 
 #include "core/alloc.h"
 #include "cpu/round_int8.h"
+#include "python/addresses.h"
 #include "python/array.h"
 #include "python/py_cpu.h"
 #include "python/py_quant.h"
@@ -239,37 +240,6 @@ static PyObject *py_image_linear_name(PyObject *module, PyObject *args)
 
 /* products by address -------------------------------------------------------------------------- */
 
-/* Integers from a vector of arguments; an error stays in Python's own place until `failed`. */
-typedef struct reader {
-    PyObject *const *next;
-} reader;
-
-static int64_t read_int(reader *from)
-{
-    return PyLong_AsLongLong(*from->next++);
-}
-
-static void *read_address(reader *from)
-{
-    return PyLong_AsVoidPtr(*from->next++);
-}
-
-static qllm_dtype read_dtype(reader *from)
-{
-    long number = PyLong_AsLong(*from->next++);
-    if ((number < QLLM_F32 || number > QLLM_BF16) && !PyErr_Occurred())
-        PyErr_Format(PyExc_ValueError, "dtype number %ld; 0 to 2 were expected", number);
-    return (qllm_dtype)number;
-}
-
-static int wrong_count(const char *name, Py_ssize_t found, Py_ssize_t expected)
-{
-    if (found == expected)
-        return 0;
-    PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, expected, found);
-    return 1;
-}
-
 static int choose_multiplier(qllm_state *state, qllm_multiplier *by)
 {
     qllm_isa isa;
@@ -283,29 +253,29 @@ static int choose_multiplier(qllm_state *state, qllm_multiplier *by)
 
 enum { PRODUCT_ARGUMENTS = 10 };
 
-static void read_product(reader *from, qllm_image *image, qllm_image_product *product)
+static void read_product(qllm_reader *from, qllm_image *image, qllm_image_product *product)
 {
-    image->data = read_address(from);
-    image->bytes = read_int(from);
-    product->x = read_address(from);
-    product->dtype = read_dtype(from);
-    product->m = read_int(from);
-    product->cols = read_int(from);
-    product->bias = read_address(from);
-    product->bias_dtype = read_dtype(from);
-    product->y = read_address(from);
-    product->rows = read_int(from);
+    image->data = qllm_read_address(from);
+    image->bytes = qllm_read_int(from);
+    product->x = qllm_read_address(from);
+    product->dtype = qllm_read_dtype(from);
+    product->m = qllm_read_int(from);
+    product->cols = qllm_read_int(from);
+    product->bias = qllm_read_address(from);
+    product->bias_dtype = qllm_read_dtype(from);
+    product->y = qllm_read_address(from);
+    product->rows = qllm_read_int(from);
 }
 
-static void read_rounded(reader *from, qllm_rounded_x *rounded)
+static void read_rounded(qllm_reader *from, qllm_rounded_x *rounded)
 {
-    rounded->q = read_address(from);
-    rounded->absmax = read_address(from);
-    rounded->outliers = read_address(from);
-    rounded->n_outliers = read_int(from);
+    rounded->q = qllm_read_address(from);
+    rounded->absmax = qllm_read_address(from);
+    rounded->outliers = qllm_read_address(from);
+    rounded->n_outliers = qllm_read_int(from);
 }
 
-static int read_options(const qllm_state *state, reader *from, qllm_linear_options *options)
+static int read_options(const qllm_state *state, qllm_reader *from, qllm_linear_options *options)
 {
     const char *compute = PyUnicode_AsUTF8(*from->next++);
     options->int8_threshold = (float)PyFloat_AsDouble(*from->next++);
@@ -323,14 +293,14 @@ static PyObject *none_unless(const qllm_state *state, qllm_status status, const 
 static PyObject *multiply(qllm_state *state, PyObject *const *args, Py_ssize_t count,
                           bool is_rounded)
 {
-    reader from = {args};
+    qllm_reader from = {args};
     qllm_image image;
     qllm_image_product product = {.x = NULL};
     qllm_rounded_x rounded;
     qllm_multiplier by;
     qllm_error error;
     qllm_status status;
-    if (wrong_count(is_rounded ? "image_linear_int8" : "image_linear", count,
+    if (qllm_wrong_count(is_rounded ? "image_linear_int8" : "image_linear", count,
                     PRODUCT_ARGUMENTS + (is_rounded ? 4 : 2)))
         return NULL;
     read_product(&from, &image, &product);
@@ -360,19 +330,19 @@ static PyObject *py_image_linear_int8(PyObject *module, PyObject *const *args, P
 static PyObject *py_round_int8(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     qllm_state *state = qllm_state_of(module);
-    reader from = {args};
+    qllm_reader from = {args};
     qllm_multiplier by;
     qllm_error error;
     qllm_status status;
-    if (wrong_count("round_int8", count, 8))
+    if (qllm_wrong_count("round_int8", count, 8))
         return NULL;
-    const void *x = read_address(&from);
-    qllm_dtype dtype = read_dtype(&from);
-    int64_t m = read_int(&from), cols = read_int(&from);
+    const void *x = qllm_read_address(&from);
+    qllm_dtype dtype = qllm_read_dtype(&from);
+    int64_t m = qllm_read_int(&from), cols = qllm_read_int(&from);
     float threshold = (float)PyFloat_AsDouble(*from.next++);
-    int8_t *q = read_address(&from);
-    float *absmax = read_address(&from);
-    uint8_t *used = read_address(&from);
+    int8_t *q = qllm_read_address(&from);
+    float *absmax = qllm_read_address(&from);
+    uint8_t *used = qllm_read_address(&from);
     if (PyErr_Occurred() || choose_multiplier(state, &by) < 0)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
@@ -399,14 +369,14 @@ static uint64_t sample(const uint8_t *memory, int64_t bytes, uint64_t sum)
 
 static PyObject *py_sample_words(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    reader from = {args};
+    qllm_reader from = {args};
     uint64_t sum = 0;
     (void)module;
-    if (wrong_count("sample_words", count, count + count % 2))
+    if (qllm_wrong_count("sample_words", count, count + count % 2))
         return NULL;
     while (from.next < args + count) {
-        const uint8_t *memory = read_address(&from);
-        int64_t bytes = read_int(&from);
+        const uint8_t *memory = qllm_read_address(&from);
+        int64_t bytes = qllm_read_int(&from);
         if (PyErr_Occurred())
             return NULL;
         sum = sample(memory, bytes, sum);

@@ -1,5 +1,6 @@
 /* The emulated driver: streams that do their work at once, or with QLLM_EMULATE_STREAMS=late only
- * when they are waited for, as a busy GPU would; graphs that keep their work for later. */
+ * when they are waited for, as a busy GPU would; graphs that keep their work for later.
+ * QLLM_EMULATE_HOST_MEMORY=1 lets kernels have any memory of the host, as some GPUs can. */
 #include <mutex>
 #include <set>
 #include <vector>
@@ -214,7 +215,8 @@ qllm_gpu_error gpu_fill(void *device, int byte, int64_t bytes, gpu_stream stream
 
 qllm_gpu_error gpu_emulate_argument(const char *kernel, int index, const void *pointer)
 {
-    if (pointer == NULL || emulated_on_device(pointer, 0) || emulated_pinned(pointer, 0))
+    if (pointer == NULL || emulated_on_device(pointer, 0) || emulated_pinned(pointer, 0) ||
+        emulated_option("QLLM_EMULATE_HOST_MEMORY", "1"))
         return 0;
     return emulated_error("kernel %s: argument %d points to no memory of the device", kernel,
                           index);
@@ -229,10 +231,26 @@ qllm_gpu_error gpu_driver_count(int *count)
     return 0;
 }
 
-qllm_gpu_error gpu_driver_use(int)
+static thread_local int current_device;
+
+qllm_gpu_error gpu_driver_use(int index)
 {
+    current_device = index;
     return 0;
 }
+
+qllm_gpu_error gpu_driver_current(int *index)
+{
+    *index = current_device;
+    return 0;
+}
+
+qllm_gpu_error gpu_driver_wait()
+{
+    emulated_finish_streams();
+    return 0;
+}
+
 
 qllm_gpu_error gpu_driver_describe(int index, gpu_device *out)
 {

@@ -15,7 +15,7 @@ from ..errors import QllmError, QllmUnsupportedError, QllmValueError
 from ..layers import is_4bit
 from ..quantize import BLOCKSIZES, QuantizedTensor
 from ..strict_json import quoted
-from . import torch_ops, torch_state
+from . import torch_device, torch_ops, torch_state
 
 _grad_enabled = torch.is_grad_enabled
 _autocasting = torch.is_autocast_enabled
@@ -27,7 +27,8 @@ class Linear(nn.Linear):
     """y = x W^T + bias with W (out_features, in_features) in nf4, fp4, nf4-dq, fp4-dq or int8.
 
     x (..., in_features) is float32, float16 or bfloat16, and y has its dtype; sums are float32.
-    `compute` and `int8_threshold` as for `Model`; the threads are those of torch. Gradients go to
+    `compute` and `int8_threshold` as for `Model`; the threads are those of torch, and on a GPU its
+    current stream (compute "auto" and "exact"). Gradients go to
     x, by the exactly dequantized weight, and to `bias`; the weight has none. `weight` is a uint8
     tensor with a packed form of W, private to a build of qllm; state dicts and pickles have the
     tensors of bitsandbytes instead, byte for byte, and `load_state_dict` takes these, or an
@@ -187,15 +188,20 @@ class Linear(nn.Linear):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as standard bytes."""
-        if self.weight.is_meta:
-            raise QllmValueError("the layer is on the meta device, where weights have no values")
+        self._require_values()
         dtype = torch_ops.NAMES[self.weight_dtype] if is_4bit(self.format) else None
         return _core.image_weight(self.weight.detach().cpu().numpy(), dtype)
 
+    def _require_values(self) -> None:
+        if self.weight.is_meta:
+            raise QllmValueError("the layer is on the meta device, where weights have no values")
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (out_features, in_features), exactly, each value rounded to `dtype` once."""
+        """The weight (out_features, in_features), exactly, each value rounded to `dtype` once, on
+        the layer's device."""
         torch_ops.number_of(dtype, "dtype")
-        return torch_ops.dequantize(self.weight.cpu(), 0, self.out_features, dtype)
+        self._require_values()
+        return torch_ops.dequantize(self.weight, 0, self.out_features, dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A `torch.nn.Linear` with the dequantized weight, rounded to `dtype` (None: the dtype from
@@ -213,7 +219,9 @@ class Linear(nn.Linear):
 
     @property
     def kernel(self) -> str:
-        """What multiplies one row on this CPU."""
+        """What multiplies one row on this CPU, or on the GPU where the layer is."""
+        if self.weight.is_cuda:
+            return torch_device.kernel(self.weight, self.compute, self.int8_threshold)
         return _core.image_linear_name(self.weight.detach().cpu().numpy(), 1, self.compute)
 
     # ------------------------------------------------------------------------------ the product
@@ -225,16 +233,19 @@ class Linear(nn.Linear):
         weight, bias = parameters["weight"], parameters["bias"]
         if (
             type(x) is Tensor
-            and x.is_cpu
-            and weight.is_cpu
             and not (_grad_enabled() and (x.requires_grad or _needs_grad(bias)))
-            and not _autocasting("cpu")
             and not _modes()
             and _transform() is None
         ):
-            return torch_ops.multiply(
-                x, weight, bias, self.out_features, self.compute, self.int8_threshold
-            )
+            multiply = None
+            if x.is_cpu and weight.is_cpu and not _autocasting("cpu"):
+                multiply = torch_ops.multiply
+            elif x.is_cuda and weight.is_cuda and not _autocasting("cuda"):
+                multiply = torch_ops.multiply_on_device
+            if multiply is not None:
+                return multiply(
+                    x, weight, bias, self.out_features, self.compute, self.int8_threshold
+                )
         return self._through_dispatcher(x)
 
     def _through_dispatcher(self, x: Tensor) -> Tensor:

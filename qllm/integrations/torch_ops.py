@@ -1,5 +1,5 @@
 """The operators of torch.ops.qllm, over images: weights packed for the CPU kernels in the bytes of
-a uint8 tensor (csrc/cpu/image.h).
+a uint8 tensor (csrc/cpu/image.h), on the CPU or on a GPU (torch_device.py).
 
     linear(x, weight, bias, rows, compute, int8_threshold) -> y
         y (..., rows) = x W^T + bias for x (..., cols), in the dtype of x: sums in float32, rounded
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _core
 from ..errors import QllmUnsupportedError, QllmValueError
+from . import torch_device
 
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The dtypes that x can have, as `_core.image_linear` counts them."""
@@ -73,10 +74,10 @@ def number_of(dtype: torch.dtype, name: str) -> int:
     return number
 
 
-def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, compute: str, int8_threshold: float
-) -> Tensor:
-    """`linear` for tensors on the CPU, without torch's dispatcher."""
+def _prepare(
+    x: Tensor, bias: Tensor | None, rows: int
+) -> tuple[Tensor, int, Tensor, tuple[int, int]]:
+    """x without gaps, the number of its dtype, y without values, and address and dtype of bias."""
     number = NUMBERS.get(x.dtype)
     if number is None:
         number = number_of(x.dtype, "x")
@@ -86,36 +87,72 @@ def multiply(
     if not shape:
         raise QllmValueError("x has no dimension; (..., in_features) was expected")
     y = x.new_empty((*shape[:-1], rows))
-    address = bias_number = 0
-    if bias is not None:
-        if bias.numel() != rows or not bias.is_contiguous():
-            raise QllmValueError(f"bias has the shape {list(bias.shape)}; ({rows},) was expected")
-        bias_number, address = number_of(bias.dtype, "bias"), bias.data_ptr()
+    if bias is None:
+        return x, number, y, (0, 0)
+    if bias.numel() != rows or not bias.is_contiguous():
+        raise QllmValueError(f"bias has the shape {list(bias.shape)}; ({rows},) was expected")
+    return x, number, y, (bias.data_ptr(), number_of(bias.dtype, "bias"))
+
+
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, compute: str, int8_threshold: float
+) -> Tensor:
+    """`linear` for tensors on the CPU, without torch's dispatcher."""
+    x, number, y, (address, bias_number) = _prepare(x, bias, rows)
     _core.image_linear(
         weight.data_ptr(), weight.numel(), x.data_ptr(), number, y.numel() // rows if rows else 0,
-        shape[-1], address, bias_number, y.data_ptr(), rows, compute, int8_threshold,
+        x.shape[-1], address, bias_number, y.data_ptr(), rows, compute, int8_threshold,
     )
+    return y
+
+
+def multiply_on_device(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, compute: str, int8_threshold: float
+) -> Tensor:
+    """The same for tensors on a GPU, on its current stream."""
+    torch_device.require_one_device(x, weight, bias)
+    x, number, y, bias_place = _prepare(x, bias, rows)
+    torch_device.multiply(x, weight, y, number, bias_place, compute, int8_threshold)
     return y
 
 
 def dequantize(
     weight: Tensor, first: int, count: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Rows [first, first + count) of W, each value rounded to `dtype` once."""
+    """Rows [first, first + count) of W, each value rounded to `dtype` once, on W's device."""
+    if not weight.is_cpu:
+        return _dequantize_on_device(weight, first, count).to(dtype)
     array = _core.image_dequantize(weight.detach().numpy(), first, count, NAMES[dtype])
     if dtype == torch.bfloat16:
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
+def _dequantize_on_device(weight: Tensor, first: int, count: int) -> Tensor:
+    found = torch_device.dequantize(weight, first, count)
+    return dequantize(weight.cpu(), first, count).to(weight.device) if found is None else found
+
+
 def _product(a: Tensor, weight: Tensor, width: int, transpose: bool) -> Tensor:
+    return _product_by(dequantize, a, weight, width, transpose)
+
+
+def _product_on_device(a: Tensor, weight: Tensor, width: int, transpose: bool) -> Tensor:
+    torch_device.require_one_device(a, weight, None)
+    return _product_by(_dequantize_on_device, a, weight, width, transpose)
+
+
+def _product_by(
+    values_of: Callable[[Tensor, int, int], Tensor], a: Tensor, weight: Tensor, width: int,
+    transpose: bool,
+) -> Tensor:
     number_of(a.dtype, "a")
     rows, cols = (width, a.shape[-1]) if transpose else (a.shape[-1], width)
     left = a.reshape(-1, a.shape[-1]).float()
     out = left.new_zeros((left.shape[0], width))
     step = max(16, _BLOCK_VALUES // max(cols, 1) // 16 * 16)
     for first in range(0, rows, step):
-        block = dequantize(weight, first, min(step, rows - first))
+        block = values_of(weight, first, min(step, rows - first))
         last = first + len(block)
         if transpose:
             torch.mm(left, block.t(), out=out[:, first:last])
@@ -128,13 +165,17 @@ def _refuse(*args: Any) -> Tensor:
     devices = {str(arg.device) for arg in args if isinstance(arg, Tensor)}
     raise QllmUnsupportedError(
         f"the tensors of this layer are on {' and '.join(sorted(devices))}; qllm multiplies torch "
-        'tensors on the CPU: move the module and its input there with .to("cpu"), or run the whole '
-        'model on a GPU by qllm.Model.from_pretrained(..., device="cuda")'
+        'tensors on the CPU and on NVIDIA GPUs: move the module and its input there with '
+        '.to("cpu") or .to("cuda")'
     )
 
 
-for _name, _function in (("linear", multiply), ("product", _product)):
-    _LIBRARY.impl(_name, _function, "CPU")
+for _name, _on_cpu, _on_device in (
+    ("linear", multiply, multiply_on_device),
+    ("product", _product, _product_on_device),
+):
+    _LIBRARY.impl(_name, _on_cpu, "CPU")
+    _LIBRARY.impl(_name, _on_device, "CUDA")
     _LIBRARY.impl(_name, _refuse, "CompositeExplicitAutograd")
 
 

@@ -170,8 +170,8 @@ class QllmQuantizer(HfQuantizer):
         for place in places:
             if place is not None and str(place) not in ("cpu", *_ANYWHERE):
                 raise QllmUnsupportedError(
-                    f"device_map has {quoted(str(place))}; qllm multiplies torch tensors on the "
-                    'CPU: leave device_map out, or say "cpu"'
+                    f"device_map has {quoted(str(place))}; qllm loads on the CPU: leave device_map "
+                    'out, or say "cpu", and move the model by .to("cuda") afterwards'
                 )
 
     def update_device_map(self, device_map: Any) -> Any:
