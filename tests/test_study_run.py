@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -384,6 +385,24 @@ def test_a_process_that_ends_is_named_and_the_rest_stays(tmp_path: Path, tiny: P
     assert len(list((folder / "cells").iterdir())) == 1
     run(TINY, out=folder)
     assert contents(folder) == contents(tiny)
+
+
+def test_a_process_may_end_before_all_cells_are_submitted(tmp_path: Path) -> None:
+    """The pool then refused the rest, and its own error came out; what was done was lost."""
+
+    class Broken(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            if done:
+                wait(done)
+                raise BrokenProcessPool
+            done.append(super().submit(fn, *args, **kwargs))
+            return done[0]
+
+    done: list[Future[Any]] = []
+    with Broken(1) as executor:
+        with pytest.raises(QllmError, match="the process that computed demo:llama .* has ended"):
+            run(TINY, out=tmp_path / "out", executor=executor)
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
 
 
 # ---------------------------------------------------------------------------------------- kills

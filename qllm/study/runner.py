@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -420,9 +420,7 @@ def _computed(
             body, seconds = _timed_compute(task, need)
             yield task, body, seconds
         return
-    futures: dict[Future[Any], Task] = {
-        executor.submit(_timed_compute, task, need): task for task, need in tasks
-    }
+    futures = {_submitted(executor, task, need): task for task, need in tasks}
     failure: BaseException | None = None
     waiting = set(futures)
     try:
@@ -441,6 +439,17 @@ def _computed(
             future.cancel()
     if failure is not None:
         raise failure
+
+
+def _submitted(executor: Executor, task: Task, need: Need) -> Future[Any]:
+    """The future of a task. A pool that lost a process meanwhile takes no more tasks; that is the
+    task's failure then, so that what was done before comes first."""
+    try:
+        return executor.submit(_timed_compute, task, need)
+    except BrokenExecutor as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
 
 
 @contextmanager
