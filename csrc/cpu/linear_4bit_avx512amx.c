@@ -249,7 +249,7 @@ QLLM_INLINE void add_blocks(const bool one, const int tiles, const int groups, c
 /* The outputs of a tile as the columns before have left them, and as these leave them. */
 static void load_outputs(const codes_job *job, int64_t tile, int64_t square, square_sums y)
 {
-    int64_t o = tile * QLLM_TILE_ROWS, left = job->packed->rows - o, n = left < 16 ? left : 16;
+    int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(job->packed, tile);
     int64_t first = job->row + square * job->rows, rows = job->in->m - first;
     for (int64_t r = 0; r < job->rows; r++)
         lanes_store(y[r], job->first_block == 0 || r >= rows ? lanes_zero()
@@ -258,7 +258,7 @@ static void load_outputs(const codes_job *job, int64_t tile, int64_t square, squ
 
 static void store_outputs(const codes_job *job, int64_t tile, int64_t square, square_sums y)
 {
-    int64_t o = tile * QLLM_TILE_ROWS, left = job->packed->rows - o, n = left < 16 ? left : 16;
+    int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(job->packed, tile);
     int64_t first = job->row + square * job->rows, rows = job->in->m - first;
     bool last = job->first_block + job->blocks == job->all_blocks;
     lanes unit = lanes_set1(job->packed->unit_bf16);

@@ -149,8 +149,8 @@ QLLM_INLINE void multiply_panel(const int rows, const panel_job *job, int64_t ro
                                 int64_t tile, int64_t first, int64_t blocks, const strip *w)
 {
     lanes y[SQUARE_LINES];
-    int64_t o = tile * QLLM_TILE_ROWS, left = job->packed->rows - o, stride = job->y_stride;
-    int64_t n = left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS, valid = job->in->m - row;
+    int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(job->packed, tile);
+    int64_t stride = job->y_stride, valid = job->in->m - row;
     panel_place at = {
         .x = (const uint8_t *)job->in->q + row * job->in->q_stride +
              first * rows * job->block,

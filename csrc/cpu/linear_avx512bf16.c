@@ -54,12 +54,6 @@ static int64_t lines_of(const qllm_packed *packed, int64_t g)
     return all - g * GROUP_LINES < GROUP_LINES ? all - g * GROUP_LINES : GROUP_LINES;
 }
 
-static int64_t outputs_of(const qllm_packed *packed, int64_t tile)
-{
-    int64_t left = packed->rows - tile * QLLM_TILE_ROWS;
-    return left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
-}
-
 /* y[m] += a group of `lines` lines from `at` on.  Groups overlap in time by themselves; two of them
  * side by side would read memory in two streams, at half the speed. */
 QLLM_INLINE void stream_group(const int rows, int64_t lines, const uint8_t *at,
@@ -105,7 +99,7 @@ QLLM_INLINE void stream_tile(const int rows, const qllm_packed *packed, const fl
         for (int m = 0; m < rows; m++)
             q[m] += QLLM_GROUP;
     }
-    int64_t o = tile * QLLM_TILE_ROWS, n = outputs_of(packed, tile);
+    int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(packed, tile);
     LANES_UNROLL
     for (int m = 0; m < rows; m++) {
         lanes value = bias != NULL ? lanes_add(y[m], lanes_load_n(bias + o, n)) : y[m];
@@ -201,7 +195,7 @@ QLLM_INLINE void block_tiles(const int tiles, const qllm_packed *packed, const f
                      .fresh = first == 0,
                      .bias = bias != NULL && last == groups ? bias + o : NULL};
     for (int t = 0; t < tiles; t++)
-        job.width[t] = outputs_of(packed, tile + t);
+        job.width[t] = qllm_tile_outputs(packed, tile + t);
     for (; row + BLOCK_ROWS <= end; row += BLOCK_ROWS)
         block_rows(BLOCK_ROWS, tiles, &job, row);
     for (; row + 2 <= end; row += 2)

@@ -11,7 +11,7 @@
 
 static void finish_row(const squares_job *job, int64_t tile, int64_t row, const float *sums)
 {
-    int64_t o = tile * QLLM_TILE_ROWS, n = outputs_of(job->packed, tile);
+    int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(job->packed, tile);
     lanes value = lanes_load(sums);
     if (job->bias != NULL)
         value = lanes_add(value, lanes_load_n(job->bias + o, n));

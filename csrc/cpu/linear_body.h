@@ -143,8 +143,7 @@ QLLM_INLINE void fused_tile(qllm_layout kind, bool nested, const int rows,
     }
     if (kind != QLLM_LAYOUT_BLOCKS)
         add_tail(kind, rows, &s, table, x, y);
-    int64_t o = tile * QLLM_TILE_ROWS;
-    int64_t n = packed->rows - o < QLLM_TILE_ROWS ? packed->rows - o : QLLM_TILE_ROWS;
+    int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(packed, tile);
     for (int m = 0; m < rows; m++) {
         if (bias != NULL)
             y[m] = lanes_add(y[m], lanes_load_n(bias + o, n));
@@ -346,20 +345,13 @@ QLLM_INLINE void block_all_rows(const int tiles, const block_job *job, const qll
     }
 }
 
-/* Outputs of a tile, 16 but for the last of a matrix. */
-QLLM_INLINE int64_t outputs_of(const qllm_packed *packed, int64_t tile)
-{
-    int64_t left = packed->rows - tile * QLLM_TILE_ROWS;
-    return left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
-}
-
 QLLM_INLINE void load_strip(const int tiles, const qllm_packed *packed, int64_t tile,
                             const float *y, int64_t y_stride, int64_t rows, strip *s)
 {
     for (int64_t r = 0; r < rows; r++)
         for (int t = 0; t < tiles; t++)
             lanes_store(s->y[r][t], lanes_load_n(y + r * y_stride + 16 * (tile + t),
-                                                 outputs_of(packed, tile + t)));
+                                                 qllm_tile_outputs(packed, tile + t)));
 }
 
 QLLM_INLINE void store_strip(const int tiles, const qllm_packed *packed, int64_t tile,
@@ -368,7 +360,7 @@ QLLM_INLINE void store_strip(const int tiles, const qllm_packed *packed, int64_t
 {
     for (int64_t r = 0; r < rows; r++)
         for (int t = 0; t < tiles; t++) {
-            int64_t o = 16 * (tile + t), n = outputs_of(packed, tile + t);
+            int64_t o = 16 * (tile + t), n = qllm_tile_outputs(packed, tile + t);
             lanes value = lanes_load(s->y[r][t]);
             if (bias != NULL)
                 value = lanes_add(value, lanes_load_n(bias + o, n));

@@ -50,12 +50,6 @@ typedef struct squares_ahead {
 /* y of row `row` and the outputs of a tile from their sums (16), for which int8 has int32. */
 static void finish_row(const squares_job *job, int64_t tile, int64_t row, const float *sums);
 
-static int64_t outputs_of(const qllm_packed *packed, int64_t tile)
-{
-    int64_t left = packed->rows - tile * QLLM_TILE_ROWS;
-    return left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
-}
-
 /* Squares 0 to 3 += `steps` squares of `panels` panels by those of `tiles` tiles.  Products with
  * the same weights follow one another, since weights take 16 cycles to change. */
 QLLM_INLINE void add_squares(const int panels, const int tiles, squares_at x, squares_at w,
@@ -97,7 +91,7 @@ static void find_sums(const squares_job *job, int64_t row, int64_t tile, sums_pl
     bool end = job->last == job->steps;
     place->y = y;
     place->rows = left < job->in->panel ? left : job->in->panel;
-    place->outputs = outputs_of(job->packed, tile);
+    place->outputs = qllm_tile_outputs(job->packed, tile);
     bool whole = place->rows == job->in->panel && place->outputs == QLLM_TILE_ROWS;
     place->from = whole ? y : place->copy[0];
     place->from_stride = whole ? y_stride * (int64_t)sizeof *y : QLLM_LINE;

@@ -85,6 +85,13 @@ static inline const uint8_t *qllm_packed_tile(const qllm_packed *packed, int64_t
     return packed->data + tile * packed->tile_bytes;
 }
 
+/* Outputs of a tile, 16 but for the last of a matrix. */
+static inline int64_t qllm_tile_outputs(const qllm_packed *packed, int64_t tile)
+{
+    int64_t left = packed->rows - tile * QLLM_TILE_ROWS;
+    return left < QLLM_TILE_ROWS ? left : QLLM_TILE_ROWS;
+}
+
 /* BLOCKS: bytes of a block's code lines, and where the codes of block b start in their tile. */
 static inline int64_t qllm_block_bytes(const qllm_packed *packed)
 {
