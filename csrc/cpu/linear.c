@@ -56,8 +56,8 @@ static bool reserve(int64_t count, int64_t size, int64_t *bytes)
 }
 
 /* LLM.int8() takes 5 bytes for an element of x, 6 by panels, which are at most twice as many rows;
- * int16 takes 2 and two more numbers of 4 bytes for a block of at least 32, all by panels; tier
- * exact takes 4 for float weights. */
+ * int16 takes 2, and two more numbers of 4 bytes for a block of at least 32; int8 takes 1 with such
+ * numbers, and bf16x2 takes 2, both by panels; tier exact takes 4 for float weights. */
 int64_t qllm_cpu_linear_scratch(int64_t cols, int64_t m)
 {
     int64_t bytes = 0, padded, elements;
