@@ -300,6 +300,21 @@ def test_more_columns_than_stay_in_the_cache(format: str, blocksize: int) -> Non
     assert np.array_equal(bits(y), bits(expected))
 
 
+@pytest.mark.skipif("avx512amx" not in SETS, reason="this machine has no AMX")
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+@pytest.mark.parametrize("format", FOUR_BIT)
+def test_blocks_of_all_tiles_are_one_stream(format: str, blocksize: int) -> None:
+    """Up to 16 rows by 1 to 6 blocks a row, with which a last unit of nested scales has 1 to 4; 37
+    outputs are three tiles, one of 5, for one thread or two."""
+    for blocks in range(1, 7):
+        q, x = weight(37, blocks * blocksize, format, blocksize), inputs(16, blocks * blocksize)
+        bias = inputs(1, 37)[0]
+        expected = q.matmul_reference(x, bias, tier="bf16x2")
+        for m, threads in ((1, 1), (1, 2), (7, 1), (16, 2)):
+            y = q.matmul(x[:m], bias, isa="avx512amx", compute="auto", threads=threads)
+            assert np.array_equal(bits(y), bits(expected[:m])), (blocks, m, threads)
+
+
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("mode", ["auto", "int8"])
 def test_nan_and_infinity_stay_in_their_row(isa: str, mode: str) -> None:

@@ -1,4 +1,5 @@
-/* Tier bf16x2: 4-bit weights by x rounded to bf16 in the matrix units (AMX), any number of rows.
+/* Tier bf16x2: 4-bit weights by x rounded to bf16 in the matrix units (AMX), any number of rows (up
+ * to 16 by linear_square_avx512amx.c).
  *
  * x lies in panels of up to PANEL_SQUARES squares.  The codes of a block of 64 columns are looked
  * up into two squares (of 32: into one), which all squares of a panel follow while they are in
@@ -12,11 +13,10 @@
 #include "core/activation.h"
 #include "core/linear_ref.h"
 #include "cpu/kernels.h"
-#include "cpu/squares.h"
+#include "cpu/squares_codes.h"
 #include "cpu/tile_stream.h"
 
 enum {
-    LINES = QLLM_GROUP / QLLM_STEP, /* of codes in a square */
     TILES = 2,             /* that share a square of x while it is in its register */
     PASS_BYTES = 1 << 20,  /* of x stay in the second-level cache while all tiles use them */
     AHEAD = 2,             /* blocks */
@@ -54,27 +54,6 @@ typedef struct passage {
     const float *absmax; /* (tiles, 16) */
 } passage;
 
-/* The 16 codes twice, since vpermw reads five bits of an index. */
-QLLM_INLINE __m512i table_of(const qllm_packed *packed)
-{
-    return _mm512_broadcast_i64x4(
-        _mm256_loadu_si256((const __m256i *)(const void *)packed->codes_bf16));
-}
-
-/* A line of codes into four lines of pairs.  Of the bytes of a dword, those of columns k to k + 7,
- * the low nibble is the odd column: shifted by 4, 0, 12 and 8 bits, the two words begin with k and
- * k + 4, k + 1 and k + 5, and so on. */
-QLLM_INLINE void decode_line(__m512i table, const uint8_t *at, uint8_t *to)
-{
-    __m512i line = _mm512_loadu_si512(at);
-    qllm_prefetch_codes(at);
-    __asm__("" : "+v"(line)); /* or gcc loads it again for each shift */
-    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), table));
-    _mm512_store_si512(to + 64, _mm512_permutexvar_epi16(line, table));
-    _mm512_store_si512(to + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), table));
-    _mm512_store_si512(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), table));
-}
-
 /* Where the codes of a block lie; its scales go to their place. */
 QLLM_INLINE void open_block(const int tiles, const int groups, const bool nested, tile_stream *s,
                             int64_t block, const uint8_t **at, decoded *out)
@@ -104,7 +83,7 @@ QLLM_INLINE void decode_block(const int tiles, const int groups, __m512i table,
                               const uint8_t *const *at, uint8_t (*w)[2][SQUARE])
 {
     LANES_UNROLL
-    for (int line = 0; line < groups * LINES; line++)
+    for (int line = 0; line < groups * SQUARE_CODE_LINES; line++)
         decode_lines(tiles, table, at, line, line + 1, w);
 }
 
@@ -203,17 +182,17 @@ typedef struct workspace {
 } workspace;
 
 /* y (squares, tiles) += the blocks of the job.  Some lines of the block AHEAD are decoded in each
- * turn; `one`: there is one square. */
-QLLM_INLINE void add_blocks(const bool one, const int tiles, const int groups, const bool nested,
+ * turn. */
+QLLM_INLINE void add_blocks(const int tiles, const int groups, const bool nested,
                             const codes_job *job, tile_stream *s, workspace *work)
 {
     int64_t group_bytes = job->in->panel * QLLM_LINE, end = job->first_block + job->blocks;
     const uint8_t *x = (const uint8_t *)job->in->q + job->row * job->in->q_stride
                        + job->first_block * groups * group_bytes;
     const uint8_t *at[TILES] = {NULL};
-    int64_t rows = job->rows, squares = job->squares, lines = groups * LINES, block;
+    int64_t rows = job->rows, squares = job->squares, lines = groups * SQUARE_CODE_LINES, block;
     int64_t step = (lines + squares - 1) / squares;
-    __m512i table = table_of(job->packed);
+    __m512i table = codes_table(job->packed);
     decoded *next = &work->next;
     passages *sums = &work->sums;
     open_passages(sums, next->absmax[0][0]);
@@ -228,13 +207,7 @@ QLLM_INLINE void add_blocks(const bool one, const int tiles, const int groups, c
         take_weights(tiles, groups, w);
         if (line == 0)
             open_block(tiles, groups, nested, s, block + AHEAD, at, next);
-        if (one) {
-            if (line == 0)
-                decode_block(tiles, groups, table, at, w);
-            take_turn(tiles, groups, x, group_bytes, rows, sums->kept, sums->ready);
-            pass_on(sums, work->y[0], absmax);
-        }
-        for (int64_t square = 0; !one && square < squares; square++) {
+        for (int64_t square = 0; square < squares; square++) {
             int64_t stop = line + step < lines ? line + step : lines;
             take_turn(tiles, groups, x + square * rows * QLLM_LINE, group_bytes, rows, sums->kept,
                       sums->ready);
@@ -272,9 +245,8 @@ static void store_outputs(const codes_job *job, int64_t tile, int64_t square, sq
     }
 }
 
-QLLM_INLINE void multiply_tiles(const bool one, const int tiles, const int groups,
-                                const bool nested, const codes_job *job, int64_t tile,
-                                workspace *work)
+QLLM_INLINE void multiply_tiles(const int tiles, const int groups, const bool nested,
+                                const codes_job *job, int64_t tile, workspace *work)
 {
     tile_stream s[TILES];
     for (int t = 0; t < tiles; t++)
@@ -282,25 +254,22 @@ QLLM_INLINE void multiply_tiles(const bool one, const int tiles, const int group
     for (int64_t square = 0; square < job->squares; square++)
         for (int t = 0; t < tiles; t++)
             load_outputs(job, tile + t, square, work->y[square][t]);
-    add_blocks(one, tiles, groups, nested, job, s, work);
+    add_blocks(tiles, groups, nested, job, s, work);
     for (int64_t square = 0; square < job->squares; square++)
         for (int t = 0; t < tiles; t++)
             store_outputs(job, tile + t, square, work->y[square][t]);
 }
 
-/* One square leaves time for one tile at a time, as memory has it. */
 QLLM_INLINE void multiply_all(const int groups, const bool nested, const codes_job *job,
                               int64_t begin, int64_t end)
 {
     int64_t tile = begin;
     workspace work;
     memset(&work, 0, sizeof work);
-    for (; job->squares > 1 && tile + TILES <= end; tile += TILES)
-        multiply_tiles(false, TILES, groups, nested, job, tile, &work);
-    for (; job->squares > 1 && tile < end; tile++)
-        multiply_tiles(false, 1, groups, nested, job, tile, &work);
+    for (; tile + TILES <= end; tile += TILES)
+        multiply_tiles(TILES, groups, nested, job, tile, &work);
     for (; tile < end; tile++)
-        multiply_tiles(true, 1, groups, nested, job, tile, &work);
+        multiply_tiles(1, groups, nested, job, tile, &work);
 }
 
 typedef void codes_kernel(const codes_job *job, int64_t begin, int64_t end);
@@ -332,6 +301,10 @@ void qllm_linear_4bit_avx512amx(const qllm_packed *packed, const float *bias, co
     int64_t block = qllm_activation_block(packed->blocksize);
     int64_t squares = (in->panel + SQUARE_LINES - 1) / SQUARE_LINES;
     bool nested = qllm_packed_nested(packed);
+    if (in->m <= SQUARE_LINES) {
+        qllm_linear_square_avx512amx(packed, bias, in, begin, end, y, y_stride);
+        return;
+    }
     codes_kernel *kernel = block == QLLM_GROUP ? (nested ? nested_codes_of_32 : codes_of_32)
                                                : (nested ? nested_codes_of_64 : codes_of_64);
     codes_job job = {.packed = packed, .in = in, .bias = bias, .y = y, .y_stride = y_stride,

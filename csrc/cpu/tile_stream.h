@@ -53,9 +53,9 @@ static void stream_open(tile_stream *s, const qllm_packed *packed, int64_t tile)
         s->first[r] = (int32_t)(block % QLLM_NESTED_BLOCKSIZE + r * packed->row_blocks);
 }
 
-/* Reads the absmax of the 4 blocks of unit u: code value * second level, then + offset.  A row
- * passes into its next 256 blocks seldom; until one does, the second level stays as it is. */
-static void stream_read_unit(tile_stream *s, int64_t u)
+/* Reads the absmax (4, 16) of the blocks of unit u: code value * second level, then + offset.  A
+ * row passes into its next 256 blocks seldom; until one does, the second level stays as it is. */
+QLLM_INLINE void stream_unit_absmax(tile_stream *s, int64_t u, float (*absmax)[16])
 {
     const qllm_packed *p = s->packed;
     int64_t block = u * QLLM_UNIT_BLOCKS;
@@ -75,8 +75,13 @@ static void stream_read_unit(tile_stream *s, int64_t u)
         if (block + b >= s->change && block + b < p->row_blocks)
             second = lanes_gather(s->nested,
                                   ilanes_shift_right(ilanes_add(index, ilanes_set1(b)), 8));
-        lanes_store(s->unit[b], lanes_add(lanes_mul(value[b], second), lanes_set1(p->offset)));
+        lanes_store(absmax[b], lanes_add(lanes_mul(value[b], second), lanes_set1(p->offset)));
     }
+}
+
+static void stream_read_unit(tile_stream *s, int64_t u)
+{
+    stream_unit_absmax(s, u, s->unit);
 }
 
 QLLM_INLINE const uint8_t *group_at(qllm_layout kind, bool nested, const tile_stream *s, int64_t g)
