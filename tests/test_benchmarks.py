@@ -90,6 +90,15 @@ def test_a_peer_multiplies_by_the_weight(name: str) -> None:
     assert 0.9 < 8 * peer.nbytes / weight.size / bits < 1.1
 
 
+def test_no_two_weights_of_onnxruntime_are_equal() -> None:
+    """It kept equal ones once: what was to come from memory came from the cache."""
+    weight = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    copies = [layer_peers.another(weight, i) for i in range(24)]
+    assert len({copy.tobytes() for copy in copies}) == 24
+    assert np.array_equal(copies[0], weight)
+    assert max(np.count_nonzero(copy != weight) for copy in copies) == 1
+
+
 def test_linear_times_every_candidate_in_every_round(tmp_path: Path) -> None:
     need("torch", "bitsandbytes")
     out = tmp_path / "linear.json"

@@ -11,9 +11,10 @@ typedef const char *qllm_linear_namer(const qllm_packed *weight, qllm_tier tier,
 qllm_linear_kernel qllm_linear_scalar, qllm_linear_avx2, qllm_linear_avx512,
     qllm_linear_avx512vbmi, qllm_linear_avx512bf16, qllm_linear_avx512amx, qllm_linear_neon,
     qllm_linear_neondot;
-/* int8 weights; in tier bf16x2 4-bit and bf16 weights; any number of rows */
+/* int8 weights; in tier bf16x2 4-bit weights (more than 16 rows, and up to 16) and bf16 weights; in
+ * tier int8 4-bit weights */
 qllm_linear_kernel qllm_linear_int8_avx512amx, qllm_linear_4bit_avx512amx,
-    qllm_linear_square_avx512amx, qllm_linear_bf16_avx512amx;
+    qllm_linear_4bit_square_avx512amx, qllm_linear_bf16_avx512amx, qllm_linear_4bit_int8_avx512amx;
 qllm_linear_namer qllm_linear_name_scalar, qllm_linear_name_avx2, qllm_linear_name_avx512,
     qllm_linear_name_avx512vbmi, qllm_linear_name_avx512bf16, qllm_linear_name_avx512amx,
     qllm_linear_name_neon, qllm_linear_name_neondot;

@@ -1,5 +1,4 @@
-/* Tier bf16x2: 4-bit weights by x rounded to bf16 in the matrix units (AMX), any number of rows (up
- * to 16 by linear_square_avx512amx.c).
+/* Tier bf16x2: 4-bit weights by x rounded to bf16 in the matrix units (AMX), more than 16 rows.
  *
  * x lies in panels of up to PANEL_SQUARES squares.  The codes of a block of 64 columns are looked
  * up into two squares (of 32: into one), which all squares of a panel follow while they are in
@@ -301,10 +300,6 @@ void qllm_linear_4bit_avx512amx(const qllm_packed *packed, const float *bias, co
     int64_t block = qllm_activation_block(packed->blocksize);
     int64_t squares = (in->panel + SQUARE_LINES - 1) / SQUARE_LINES;
     bool nested = qllm_packed_nested(packed);
-    if (in->m <= SQUARE_LINES) {
-        qllm_linear_square_avx512amx(packed, bias, in, begin, end, y, y_stride);
-        return;
-    }
     codes_kernel *kernel = block == QLLM_GROUP ? (nested ? nested_codes_of_32 : codes_of_32)
                                                : (nested ? nested_codes_of_64 : codes_of_64);
     codes_job job = {.packed = packed, .in = in, .bias = bias, .y = y, .y_stride = y_stride,

@@ -229,7 +229,7 @@ static square_kernel *const kernels[2][2][2] = { /* [nested][groups - 1][more th
      {nested_codes_of_64_row, nested_codes_of_64_rows}},
 };
 
-void qllm_linear_square_avx512amx(const qllm_packed *packed, const float *bias,
+void qllm_linear_4bit_square_avx512amx(const qllm_packed *packed, const float *bias,
                                   const qllm_rows *in, int64_t begin, int64_t end, float *y,
                                   int64_t y_stride)
 {
