@@ -36,9 +36,10 @@ VARIABLE = "QLLM_BNB_BACKEND"
 
 _library: Any = None  # keeps the kernels registered
 
-_MANY_ROWS = 256
-"""From here on torch's product of bfloat16 by AMX wins by more than dequantizing costs (measured
-with 1024 x 2816 and 4096 x 4096 weights: 0.9 and 1.1 times the time of ours)."""
+_MANY_ROWS = 512
+"""From here on torch's product of bfloat16 by AMX wins by about what dequantizing costs (measured
+with weights of 2048 x 2048 to 4096 x 11008: 1.4 to 1.8 times the time of ours with 256 rows, 0.9 to
+1.05 with 512, 0.8 to 0.95 with 640 to 1024)."""
 
 _FINER_THAN_AUTO = (
     {torch.float32, torch.float16}
