@@ -233,14 +233,12 @@ static void store_outputs(const codes_job *job, int64_t tile, int64_t square, sq
     int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(job->packed, tile);
     int64_t first = job->row + square * job->rows, rows = job->in->m - first;
     bool last = job->first_block + job->blocks == job->all_blocks;
-    lanes unit = lanes_set1(job->packed->unit_bf16);
     for (int64_t r = 0; r < job->rows && r < rows; r++) {
-        lanes value = lanes_load(y[r]);
+        float *to = job->y + (first + r) * job->y_stride;
         if (last)
-            value = lanes_mul(value, unit);
-        if (last && job->bias != NULL)
-            value = lanes_add(value, lanes_load_n(job->bias + o, n));
-        lanes_store_n(job->y + (first + r) * job->y_stride + o, value, n);
+            store_sums(job->packed, job->bias, tile, lanes_load(y[r]), to);
+        else
+            lanes_store_n(to + o, lanes_load(y[r]), n);
     }
 }
 

@@ -133,13 +133,8 @@ QLLM_INLINE void add_block(const square_job *job, int64_t rows, lanes absmax,
         out->y[r] = lanes_fma(absmax, lanes_load(sums[r]), out->y[r]);
     if (--out->blocks > 0)
         return;
-    int64_t o = out->tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(job->packed, out->tile);
-    for (int64_t r = 0; r < rows; r++) {
-        lanes value = lanes_mul(out->y[r], lanes_set1(job->packed->unit_bf16));
-        if (job->bias != NULL)
-            value = lanes_add(value, lanes_load_n(job->bias + o, n));
-        lanes_store_n(job->y + r * job->y_stride + o, value, n);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        store_sums(job->packed, job->bias, out->tile, out->y[r], job->y + r * job->y_stride);
     outputs_open(job, rows, out->tile + 1, out);
 }
 
@@ -230,8 +225,8 @@ static square_kernel *const kernels[2][2][2] = { /* [nested][groups - 1][more th
 };
 
 void qllm_linear_4bit_square_avx512amx(const qllm_packed *packed, const float *bias,
-                                  const qllm_rows *in, int64_t begin, int64_t end, float *y,
-                                  int64_t y_stride)
+                                       const qllm_rows *in, int64_t begin, int64_t end, float *y,
+                                       int64_t y_stride)
 {
     int64_t block = qllm_activation_block(packed->blocksize);
     square_job job = {.packed = packed, .bias = bias, .x = in->q, .y = y, .y_stride = y_stride,

@@ -29,4 +29,15 @@ QLLM_INLINE void decode_line(__m512i table, const uint8_t *at, uint8_t *to)
     _mm512_store_si512(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), table));
 }
 
+/* Outputs of a tile of one row of x, from the sums of all its blocks. */
+QLLM_INLINE void store_sums(const qllm_packed *packed, const float *bias, int64_t tile, lanes sums,
+                            float *y)
+{
+    int64_t o = tile * QLLM_TILE_ROWS, n = qllm_tile_outputs(packed, tile);
+    lanes value = lanes_mul(sums, lanes_set1(packed->unit_bf16));
+    if (bias != NULL)
+        value = lanes_add(value, lanes_load_n(bias + o, n));
+    lanes_store_n(y + o, value, n);
+}
+
 #endif
