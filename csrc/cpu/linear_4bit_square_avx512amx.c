@@ -131,7 +131,7 @@ QLLM_INLINE void add_block(const square_job *job, int64_t rows, lanes absmax,
 {
     for (int64_t r = 0; r < rows; r++)
         out->y[r] = lanes_fma(absmax, lanes_load(sums[r]), out->y[r]);
-    if (--out->blocks > 0)
+    if (__builtin_expect(--out->blocks > 0, 1)) /* or what ends a tile stands in the loop */
         return;
     for (int64_t r = 0; r < rows; r++)
         store_sums(job->packed, job->bias, out->tile, out->y[r], job->y + r * job->y_stride);
